@@ -1,0 +1,55 @@
+"""Engines: each diffuses one block, on its own hardware, under one contract."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from cdd_dask.engines.base import Diffusion, Engine, Faces, Footprint
+from cdd_dask.errors import DeviceError
+from cdd_dask.parameters import check_choice
+
+ENGINES = ("auto", "reference", "torch")
+
+__all__ = ["ENGINES", "Diffusion", "Engine", "Faces", "Footprint", "load_engine"]
+
+
+def load_engine(name: str = "auto", device: str | None = None) -> Engine:
+    """The engine called `name`, ready on `device`.
+
+    ``auto`` takes torch where a device other than the CPU is named or present, else the
+    reference engine. Ask the result's `name` and `device` what was chosen.
+
+    Parameters
+    ----------
+    name
+        One of `ENGINES`.
+    device
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; None leaves the choice to the engine.
+
+    Raises
+    ------
+    InputError
+        If `name` is unknown.
+    DeviceError
+        If the device is absent, or the engine cannot compute on it.
+    MissingDependencyError
+        If the engine's library is not installed.
+    """
+    check_choice("engine", name, ENGINES)
+    if name == "torch" or (name == "auto" and device not in (None, "cpu")):
+        from cdd_dask.engines.torch import TorchEngine
+
+        return TorchEngine(device)
+    if name == "auto" and device is None and find_spec("torch"):
+        from cdd_dask.engines.torch import TorchEngine, check_device
+
+        if (best := check_device(None)) != "cpu":
+            return TorchEngine(best)
+    if device not in (None, "cpu"):
+        raise DeviceError(
+            f"device={device!r} is not for engine={name!r}, which computes on the CPU: "
+            'use engine="torch"'
+        )
+    from cdd_dask.engines.reference import ReferenceEngine
+
+    return ReferenceEngine()

@@ -1,0 +1,86 @@
+"""The contract of all engines.
+
+An engine sees one block, the steps with their taps and a rule for every face; never the block's
+place in the volume, its files or its scheduler. Engines import neither zarr nor dask.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+
+from cdd_dask.time_stepping import Steps
+
+Faces = tuple[tuple[str, str], ...]
+"""Rule of the low and of the high face of every axis: a boundary mode, or `boundaries.CUT`."""
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """What an engine does to a block: some steps under one rule."""
+
+    steps: Steps
+    """How many steps, and the kernel of one step along each axis."""
+    constraint: str
+    """``constrained``, ``inverted`` or ``unconstrained``."""
+    faces: Faces
+    """Rule of every face. A `CUT` face takes any extension."""
+    cval: float = 0.0
+    """Value beyond ``constant`` faces, in the field's unit."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Working memory of an engine, in bytes per voxel of the halo'd block."""
+
+    host: int
+    """On the host, the block itself included."""
+    device: int
+    """On the device; 0 where the engine computes on the host."""
+
+
+class Engine(ABC):
+    """Diffuses one block.
+
+    One step smooths, ``S = G_sigma * I``, and then takes for every voxel
+
+    - constrained: ``I > 0 → min(I, S)``, ``I < 0 → max(I, S)``, ``I = 0`` stays;
+    - constrained and inverted: ``I > 0 → max(I, S)``, ``I < 0 → min(I, S)``, ``I = 0`` stays;
+    - unconstrained: ``S``
+
+    (Li 2022, arXiv:2201.05484). Between steps the field has the dtype that it came with.
+    """
+
+    name: ClassVar[str]
+    voxel_steps_per_second: ClassVar[float]
+    """Rough speed on one core or device, for estimates of time only."""
+    device: str = "cpu"
+
+    @abstractmethod
+    def diffuse(self, field: NDArray[Any], diffusion: Diffusion) -> NDArray[Any]:
+        """The field after the steps of `diffusion`.
+
+        Parameters
+        ----------
+        field
+            The block with its halo, 1-D to 4-D, float32 or float64, C-contiguous. It may be
+            overwritten, and the result may be the same array.
+        diffusion
+            What to do; its kernels and faces match `field`'s axes.
+
+        Returns
+        -------
+        ndarray
+            Same shape and dtype as `field`, on the host.
+        """
+
+    @abstractmethod
+    def footprint(self, itemsize: int) -> Footprint:
+        """Working memory per voxel for a field of `itemsize` bytes per voxel."""
+
+    @abstractmethod
+    def limit_threads(self, count: int) -> None:
+        """Compute with at most `count` threads from now on, in this process."""

@@ -1,0 +1,58 @@
+"""From scale edges to steps in time: a scale `l` is reached at ``t = l**2 / 2``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cdd_dask.kernels import Kernel, smoothing_kernel
+from cdd_dask.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Consecutive equal steps of diffusion."""
+
+    count: int
+    """Number of steps."""
+    kernels: tuple[Kernel, ...]
+    """Smoothing kernel of one step, one per axis."""
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """Strict dependence radius ``n * r`` per axis, in voxels."""
+        return tuple(self.count * kernel.radius for kernel in self.kernels)
+
+
+def channel_steps(parameters: Parameters, edges: tuple[float, ...], ndim: int) -> tuple[Steps, ...]:
+    """The steps of every channel, from the finest to the coarsest.
+
+    ``dt_max = e_rel * t_{k-1}`` (``e_rel * t_k`` for the first channel),
+    ``n = max(1, int((t_k - t_{k-1}) / dt_max + 0.5))``, and each step smooths with
+    ``sigma = sqrt(2 dt)`` (Li 2022, arXiv:2201.05484).
+
+    Parameters
+    ----------
+    parameters
+        Gives `e_rel` and the kind of kernel.
+    edges
+        Scale edges in voxels, ascending.
+    ndim
+        Number of axes of the volume.
+
+    Examples
+    --------
+    >>> steps = channel_steps(Parameters(), (1.0, 2.0, 4.0), ndim=3)
+    >>> [s.count for s in steps], [round(s.kernels[0].sigma, 2) for s in steps]
+    ([33, 100, 100], [0.17, 0.17, 0.35])
+    """
+    steps = []
+    before = 0.0
+    for edge in edges:
+        time = edge**2 / 2
+        dt_max = parameters.e_rel * (before or time)
+        count = max(1, int((time - before) / dt_max + 0.5))
+        sigma = math.sqrt(2 * (time - before) / count)
+        steps.append(Steps(count, (smoothing_kernel(parameters.kernel, sigma),) * ndim))
+        before = time
+    return tuple(steps)
