@@ -1,0 +1,34 @@
+"""Constrained diffusion decomposition of volumes larger than memory, on Dask and Zarr."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cdd_dask.api import decompose, plan
+    from cdd_dask.decomposition import Decomposition, open_decomposition
+    from cdd_dask.plans import Plan
+
+__version__ = "0.1.0"
+
+__all__ = ["Decomposition", "Plan", "decompose", "open_decomposition", "plan"]
+
+_HOME = {
+    "Decomposition": "decomposition",
+    "Plan": "plans",
+    "decompose": "api",
+    "open_decomposition": "decomposition",
+    "plan": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # nothing heavy is imported before it is asked for
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -58,8 +58,8 @@ def tail_probability(kernel: Kernel, count: int) -> NDArray[np.float64]:
     density[: kernel.radius + 1] = weights[kernel.radius :]
     density[size - kernel.radius :] = weights[: kernel.radius]
     walk = irfft(rfft(density) ** count, size)  # the n-fold convolution
-    tails = np.cumsum(walk[reach:0:-1])[::-1]
-    return np.maximum(tails, 0.0)
+    tails: NDArray[np.float64] = np.maximum(np.cumsum(walk[reach:0:-1])[::-1], 0.0)
+    return tails
 
 
 def error_bound(steps: Steps, depth: tuple[int, ...]) -> float:

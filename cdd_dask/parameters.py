@@ -123,6 +123,11 @@ class Parameters:
             return "unconstrained"
         return "inverted" if self.inverted else "constrained"
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes per voxel of the working field."""
+        return 4 if self.dtype == "float32" else 8
+
     def as_dict(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""
         return asdict(self)

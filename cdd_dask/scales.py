@@ -45,18 +45,16 @@ def scale_edges(parameters: Parameters, shape: tuple[int, ...]) -> tuple[float, 
             f"max_scale={high:g} (half of the largest axis of shape {shape}) must be larger than "
             f"min_scale={low:g}: give a smaller min_scale, a max_scale or num_channels"
         )
-    if parameters.mode == "lin":
-        step = parameters.linear_scale_step
-        assert step is not None  # Parameters has checked it
+    step, base = parameters.linear_scale_step, parameters.log_scale_base
+    if step is not None:  # mode="lin"
         count = math.floor((high - low) / step) + 1
     else:
-        base = parameters.log_scale_base
         # the margin keeps an edge that falls on max_scale but for rounding
         count = math.floor(math.log(high * (1 + 1e-9) / low) / math.log(base)) + 1
         count = parameters.num_channels or count
     if count > MOST_CHANNELS:
         raise InputError(f"{count} channels: at most {MOST_CHANNELS}; space the scale edges wider")
-    if parameters.mode == "lin":
+    if step is not None:
         edges = tuple(low + i * step for i in range(count))
     elif (count - 1) * math.log(base) + math.log(low) > math.log(LARGEST_EDGE):
         edges = (math.inf,)

@@ -81,6 +81,10 @@ class Engine(ABC):
     def footprint(self, itemsize: int) -> Footprint:
         """Working memory per voxel for a field of `itemsize` bytes per voxel."""
 
+    def free_device_memory(self) -> int | None:
+        """Free bytes on the device; None where the engine computes on the host."""
+        return None
+
     @abstractmethod
     def limit_threads(self, count: int) -> None:
         """Compute with at most `count` threads from now on, in this process."""

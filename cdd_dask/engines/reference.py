@@ -56,8 +56,7 @@ def _constrain(field: NDArray[Any], smooth: NDArray[np.float64], constraint: str
         field[...] = smooth
         return
     positive, negative = field > 0, field < 0
-    shrink, grow = np.minimum, np.maximum
-    if constraint == "inverted":
-        shrink, grow = grow, shrink
-    shrink(field, smooth, out=field, where=positive, casting="same_kind")
-    grow(field, smooth, out=field, where=negative, casting="same_kind")
+    rules = (np.minimum, np.maximum)
+    for_positive, for_negative = reversed(rules) if constraint == "inverted" else rules
+    for_positive(field, smooth, out=field, where=positive, casting="same_kind")
+    for_negative(field, smooth, out=field, where=negative, casting="same_kind")

@@ -51,13 +51,23 @@ class TorchEngine(Engine):
             values = torch.from_numpy(field).to(self.device)
             for _ in range(diffusion.steps.count):
                 values = _constrain(values, _smooth(values, diffusion), diffusion.constraint)
-            return values.cpu().numpy()
+            result: NDArray[Any] = values.cpu().numpy()
+            return result
 
     def footprint(self, itemsize: int) -> Footprint:
         # the field, its extended copy, the sum, two differences and what the allocator rounds up
         work = 6 * itemsize
         on_host = self.device == "cpu"
         return Footprint(host=work if on_host else 2 * itemsize, device=0 if on_host else work)
+
+    def free_device_memory(self) -> int | None:
+        import torch
+
+        if self.device.startswith("cuda"):
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        if self.device == "mps":
+            return int(torch.mps.recommended_max_memory())
+        return None
 
     def limit_threads(self, count: int) -> None:
         import torch

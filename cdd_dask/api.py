@@ -1,0 +1,298 @@
+"""The verbs: `decompose`, `plan` and what they share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import fields
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from cdd_dask import store
+from cdd_dask.decomposition import Decomposition
+from cdd_dask.errors import InputError, OutputAccessError
+from cdd_dask.executors import IN_PROCESS, start_executor
+from cdd_dask.output import check_output, output_address
+from cdd_dask.parameters import MAX_NDIM, Parameters
+from cdd_dask.planner import make_plan
+from cdd_dask.plans import Plan, Volume
+from cdd_dask.progress import Progress
+from cdd_dask.readers import NonFiniteError, Source, open_source
+from cdd_dask.resources import resolve_resources
+from cdd_dask.run import execute, prepare_store
+
+log = logging.getLogger(__name__)
+
+
+def decompose(
+    source: Any,
+    out: str | Path | None = None,
+    *,
+    min_scale: float | None = None,
+    max_scale: float | None = None,
+    num_channels: int | None = None,
+    mode: str = "log",
+    log_scale_base: float = 2.0,
+    linear_scale_step: float | None = None,
+    e_rel: float = 3e-2,
+    constrained: bool = True,
+    inverted: bool = False,
+    kernel: str = "discrete",
+    boundary: str = "reflect",
+    cval: float = 0.0,
+    rtol: float = 1e-3,
+    dtype: str = "float32",
+    engine: str = "auto",
+    device: str | None = None,
+    memory: int | str | None = None,
+    block: Sequence[int] | int | None = None,
+    executor: str = "auto",
+    workers: int | None = None,
+    client: Any = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Decomposition:
+    """Split a field of 1 to 4 dimensions into its scales, in blocks that fit the memory.
+
+    Constrained diffusion decomposition (Li 2022, arXiv:2201.05484). The field is recovered as
+    ``sum(channels) + residual``.
+
+    Parameters
+    ----------
+    source
+        A path (Zarr array, FITS, `.npy`) or an array (NumPy, torch, Zarr, dask, xarray).
+    out
+        Path of the Zarr store to make. None keeps the result in memory, uncompressed.
+    min_scale
+        First scale edge in voxels; None is 1.
+    max_scale
+        Largest scale in voxels that an edge may reach; None is half of the largest axis.
+    num_channels
+        Number of channels in log mode; given, it decides the edges instead of `max_scale`.
+    mode
+        ``"log"``: edges ``min_scale * log_scale_base**i``; ``"lin"``: edges
+        ``min_scale + i * linear_scale_step``.
+    log_scale_base
+        Ratio of an edge to the one before, > 1.
+    linear_scale_step
+        Distance of an edge to the one before in voxels, > 0; needed in lin mode.
+    e_rel
+        Largest step in time relative to the time where a channel begins. Part of the method's
+        definition: results are comparable at the same `e_rel` only.
+    constrained
+        Apply the sign constraint (positive structures only shrink, negative only grow).
+    inverted
+        Invert the constraint; counts only when constrained.
+    kernel
+        ``"discrete"``: the discrete Gaussian (Lindeberg 1990), right at every scale;
+        ``"sampled"``: a sampled Gaussian, for comparison with other software.
+    boundary
+        ``"reflect"``, ``"mirror"``, ``"nearest"``, ``"wrap"`` or ``"constant"``, as in
+        `scipy.ndimage`.
+    cval
+        Value beyond the edge for ``boundary="constant"``, in the field's unit.
+    rtol
+        Error that cutting into blocks may cause, relative to the field's range. 0 gives
+        the same bits for every choice of blocks. The bound holds for fields of one sign and
+        for inverted and unconstrained ones; for others it is an estimate, and the plan says so.
+    dtype
+        Working type, ``"float32"`` or ``"float64"``.
+    engine
+        ``"reference"`` (SciPy), ``"torch"``, or ``"auto"``: torch where there is a device other
+        than the CPU, else the reference.
+    device
+        Device for torch: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+    memory
+        What all tasks on this machine may hold together above the interpreter's baseline, in
+        bytes or as ``"500MB"``; None is half of what is free. With a client it is per worker.
+    block
+        Core of a block in voxels, one number or one per axis, clipped to the volume; None
+        takes the largest that `memory` holds.
+    executor
+        ``"serial"``, ``"threads"``, ``"processes"``, ``"distributed"``, or ``"auto"``: with a
+        client or several workers distributed, else serial.
+    workers
+        Tasks that run at once.
+    client
+        A `distributed.Client` whose workers reach `source` and `out` by the same paths.
+    overwrite
+        Replace a decomposition that is at `out`. Nothing else is ever replaced.
+    progress
+        Show a progress bar, or log lines where nobody watches.
+
+    Returns
+    -------
+    Decomposition
+        The opened store; its channels are Zarr arrays.
+
+    Raises
+    ------
+    InputError
+        If an argument or the data cannot be used (a `ValueError`).
+    BudgetError
+        If the memory does not suffice (a `MemoryError`); nothing is written.
+    OutputExistsError
+        If `out` exists (a `FileExistsError`).
+    BlockError
+        If a block could not be computed; the store is left incomplete.
+
+    Examples
+    --------
+    >>> import numpy as np, cdd_dask
+    >>> field = np.random.default_rng(0).lognormal(size=(32, 32))
+    >>> result = cdd_dask.decompose(field, max_scale=8, progress=False)
+    >>> result.scales.tolist(), len(result.channels)
+    ([1.0, 2.0, 4.0, 8.0], 4)
+    >>> bool(np.allclose(result.reconstruct(), field, rtol=1e-6))
+    True
+    """
+    arguments = locals()
+    opened = open_source(source)
+    made = _make_plan(opened, arguments)
+    resources = made.resources
+    if out is None:
+        # the store lives as long as what is returned, which holds it
+        address, _kept = store.new_memory_store()
+    else:
+        address = output_address(out)
+        check_output(address, opened, made, overwrite)
+    log.info(
+        "%s: %d channels, blocks: %d, engine %s on %s, executor %s",
+        opened.description,
+        len(made.edges),
+        len(made.grid),
+        resources.engine,
+        resources.device,
+        resources.executor,
+    )
+    pool = start_executor(resources.executor, resources.workers, resources.threads, client)
+    with pool, Progress(progress, sum(stage.work for stage in made.stages)) as shown:
+        run = _prepare(made, opened, address)
+        try:
+            execute(made, opened, address, run, pool, shown)
+        except NonFiniteError:
+            if "://" not in address and out is not None:
+                store.remove_store(Path(address))  # this run made it, of data of no use
+            raise
+    return Decomposition(address, store.open_root(address))
+
+
+def plan(
+    source_or_shape: Any,
+    out: str | Path | None = "out.zarr",
+    *,
+    min_scale: float | None = None,
+    max_scale: float | None = None,
+    num_channels: int | None = None,
+    mode: str = "log",
+    log_scale_base: float = 2.0,
+    linear_scale_step: float | None = None,
+    e_rel: float = 3e-2,
+    constrained: bool = True,
+    inverted: bool = False,
+    kernel: str = "discrete",
+    boundary: str = "reflect",
+    cval: float = 0.0,
+    rtol: float = 1e-3,
+    dtype: str = "float32",
+    engine: str = "auto",
+    device: str | None = None,
+    memory: int | str | None = None,
+    block: Sequence[int] | int | None = None,
+    executor: str = "auto",
+    workers: int | None = None,
+    client: Any = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Plan:
+    """What `decompose` would do with the same arguments, and what it would need.
+
+    Nothing is read but the source's metadata, and nothing is written.
+
+    Parameters
+    ----------
+    source_or_shape
+        A source as `decompose` takes it, or the shape of a volume in voxels (a tuple), which
+        is then taken to be a Zarr array of the working dtype.
+    out
+        Where the output would go: None keeps it in memory, which the plan then counts. Any
+        path means a store on disk.
+    overwrite, progress
+        Without effect here, so that the same options can be given.
+
+    All other parameters are those of `decompose`.
+
+    Returns
+    -------
+    Plan
+        ``str(plan)`` is a table; ``plan.peak_memory`` is in bytes.
+
+    Raises
+    ------
+    InputError
+        If an argument cannot be used.
+    BudgetError
+        If no sensible block fits the memory.
+
+    Examples
+    --------
+    >>> import cdd_dask
+    >>> made = cdd_dask.plan((512, 512, 512), max_scale=8, memory="500MB")
+    >>> made.block, made.peak_memory < 500_000_000
+    ((192, 256, 256), True)
+    """
+    arguments = locals()
+    is_shape = isinstance(source_or_shape, tuple | list) and all(
+        isinstance(n, int) and not isinstance(n, bool) for n in source_or_shape
+    )
+    if not is_shape:
+        return _make_plan(open_source(source_or_shape), arguments)
+    shape = tuple(source_or_shape)
+    if not 1 <= len(shape) <= MAX_NDIM or min(shape) < 1:
+        raise InputError(f"shape {shape} must have 1 to {MAX_NDIM} axes of at least 1 voxel")
+    return _make_plan(shape, arguments)
+
+
+def _make_plan(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> Plan:
+    """The plan for a verb's `arguments`."""
+    parameters = Parameters(**{f.name: arguments[f.name] for f in fields(Parameters)})
+    names = ("engine", "device", "memory", "executor", "workers", "client")
+    resources = resolve_resources(
+        parameters,
+        **{name: arguments[name] for name in names},
+        in_memory=arguments["out"] is None,
+    )
+    if isinstance(source, tuple):
+        volume = Volume(source, source_itemsize=parameters.itemsize)
+    else:
+        volume = Volume(
+            shape=source.shape,
+            source_itemsize=source.dtype.itemsize,
+            source_chunk=source.chunk,
+            is_zarr=source.is_zarr,
+            reachable=source.portable or resources.executor in IN_PROCESS,
+        )
+    return make_plan(parameters, volume, resources, _block(arguments["block"], len(volume.shape)))
+
+
+def _block(block: Sequence[int] | int | None, ndim: int) -> tuple[int, ...] | None:
+    """The core shape meant by the argument `block`."""
+    if block is None:
+        return None
+    sides = (block,) * ndim if isinstance(block, int) else tuple(block)
+    if any(isinstance(side, bool) or not isinstance(side, Integral) for side in sides):
+        raise InputError(f"block={block!r} must be a whole number or one per axis")
+    return tuple(map(int, sides))
+
+
+def _prepare(made: Plan, source: Source, address: str) -> str:
+    """Make the store, in place of the one that `check_output` found may go."""
+    try:
+        if "://" not in address and not address.startswith("memory:"):
+            path = Path(address)
+            if path.exists() and any(path.iterdir()):
+                store.remove_store(path)
+        return prepare_store(made, source, address)
+    except OSError as error:
+        raise OutputAccessError(f"out={address} cannot be written: {error}") from error

@@ -1,0 +1,177 @@
+"""Geometry of blocks: which voxels a task reads, computes and writes. Integers only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cdd_dask.boundaries import CUT
+
+Region = tuple[slice, ...]
+"""One slice per axis, with explicit start and stop, in voxels of the volume."""
+
+TYPICAL_CHUNK = 48
+"""Inner chunks aim at this many voxels a side: small enough for halos, large enough for disks."""
+LARGEST_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A volume cut into blocks, numbered in C order; the last along an axis may be shorter.
+
+    Examples
+    --------
+    >>> grid = Grid(shape=(10, 4), block=(4, 4))
+    >>> grid.counts, len(grid), grid.core(2)
+    ((3, 1), 3, (slice(8, 10, None), slice(0, 4, None)))
+    """
+
+    shape: tuple[int, ...]
+    """Shape of the volume in voxels."""
+    block: tuple[int, ...]
+    """Shape of a block's core in voxels, at most `shape`."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of blocks per axis."""
+        return tuple(-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
+
+    def __len__(self) -> int:
+        return math.prod(self.counts)
+
+    def index(self, number: int) -> tuple[int, ...]:
+        """Position of block `number` in the grid."""
+        index = []
+        for count in reversed(self.counts):
+            number, i = divmod(number, count)
+            index.append(i)
+        return tuple(reversed(index))
+
+    def core(self, number: int) -> Region:
+        """The voxels that block `number` writes."""
+        return tuple(
+            slice(i * b, min((i + 1) * b, n))
+            for i, b, n in zip(self.index(number), self.block, self.shape, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class HaloedBlock:
+    """What one task reads to compute its core.
+
+    ::
+
+        outer.start      core.start        core.stop      outer.stop
+             |<--- depth --->|<---- core ---->|<--- depth --->|
+             |<--------------------- outer ------------------>|
+
+    The halo ends at the volume's faces, except under ``wrap``, where `outer` runs on beyond
+    them and is read modulo the volume's shape.
+    """
+
+    outer: Region
+    """Core and halo."""
+    inner: Region
+    """The core's place within `outer`."""
+    faces: tuple[tuple[str, str], ...]
+    """Rule of every face of `outer`: the boundary at the volume's faces, elsewhere `CUT`."""
+
+
+def haloed_block(grid: Grid, number: int, depth: tuple[int, ...], boundary: str) -> HaloedBlock:
+    """The region to read for block `number` with a halo of `depth` voxels per axis.
+
+    Examples
+    --------
+    >>> block = haloed_block(Grid((10,), (4,)), 1, (2,), "reflect")
+    >>> block.outer, block.inner, block.faces
+    ((slice(2, 10, None),), (slice(2, 6, None),), (('cut', 'reflect'),))
+    >>> haloed_block(Grid((10,), (4,)), 0, (2,), "wrap").outer
+    (slice(-2, 6, None),)
+    """
+    outer, inner, faces = [], [], []
+    for core, n, h in zip(grid.core(number), grid.shape, depth, strict=True):
+        start, stop = halo_range(core, n, h, boundary)
+        outer.append(slice(start, stop))
+        inner.append(slice(core.start - start, core.stop - start))
+        # under wrap a halo is data, and only a block without one meets the rule itself
+        whole = (start, stop) == (0, n)
+        at_edge = (whole, whole) if boundary == "wrap" else (start == 0, stop == n)
+        faces.append((boundary if at_edge[0] else CUT, boundary if at_edge[1] else CUT))
+    return HaloedBlock(tuple(outer), tuple(inner), tuple(faces))
+
+
+def halo_range(core: slice, size: int, depth: int, boundary: str) -> tuple[int, int]:
+    """Start and stop of `core` with its halo along one axis of `size` voxels."""
+    if core == slice(0, size):
+        return 0, size
+    if boundary == "wrap":
+        return core.start - depth, core.stop + depth
+    return max(0, core.start - depth), min(size, core.stop + depth)
+
+
+def haloed_voxels(grid: Grid, depth: tuple[int, ...], boundary: str) -> int:
+    """Voxels that all blocks of `grid` read together, halos included."""
+    total = 1
+    for n, b, h in zip(grid.shape, grid.block, depth, strict=True):
+        along = 0
+        for i in range(-(-n // b)):
+            start, stop = halo_range(slice(i * b, min((i + 1) * b, n)), n, h, boundary)
+            along += stop - start
+        total *= along
+    return total
+
+
+def largest_haloed_block(grid: Grid, depth: tuple[int, ...], boundary: str) -> int:
+    """Voxels of the largest block of `grid` with its halo."""
+    total = 1
+    for n, b, h in zip(grid.shape, grid.block, depth, strict=True):
+        widths = []
+        for i in range(-(-n // b)):
+            start, stop = halo_range(slice(i * b, min((i + 1) * b, n)), n, h, boundary)
+            widths.append(stop - start)
+        total *= max(widths)
+    return total
+
+
+def wrapped_pieces(start: int, stop: int, size: int) -> list[tuple[slice, slice]]:
+    """Pairs (where in the range, where in the axis) that read ``start … stop`` modulo `size`.
+
+    Examples
+    --------
+    >>> wrapped_pieces(-2, 3, 10)
+    [(slice(0, 2, None), slice(8, 10, None)), (slice(2, 5, None), slice(0, 3, None))]
+    """
+    pieces = []
+    position = start
+    while position < stop:
+        source = position % size
+        length = min(size - source, stop - position)
+        at = position - start
+        pieces.append((slice(at, at + length), slice(source, source + length)))
+        position += length
+    return pieces
+
+
+def storage_chunks(grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of a shard and of the inner chunks for arrays written block by block.
+
+    A shard is one block's core, so that no two tasks ever write the same one; along an axis
+    with a single block it may be rounded up beyond the volume. Chunks divide the shard.
+
+    Examples
+    --------
+    >>> storage_chunks(Grid(shape=(256, 509), block=(128, 509)))
+    ((128, 512), (64, 64))
+    """
+    shard, chunk = [], []
+    for count, b in zip(grid.counts, grid.block, strict=True):
+        if count == 1:
+            chunks = -(-b // LARGEST_CHUNK)
+            side = -(-b // chunks)
+            shard.append(side * chunks)
+        else:
+            divisors = [d for d in range(1, b + 1) if b % d == 0]
+            side = min(divisors, key=lambda d: abs(math.log(d / TYPICAL_CHUNK)))
+            shard.append(b)
+        chunk.append(side)
+    return tuple(shard), tuple(chunk)

@@ -1,0 +1,177 @@
+"""The result: a store of channels and a residual, opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdd_dask import store
+from cdd_dask.blocks import Region
+from cdd_dask.errors import InputError, StoreError
+from cdd_dask.memory import format_bytes
+from cdd_dask.parameters import Parameters
+from cdd_dask.tables import text_table
+
+if TYPE_CHECKING:
+    import zarr
+
+
+class Decomposition:
+    """A field split into its scales: ``field = sum(channels) + residual``.
+
+    Made by `decompose` and `open_decomposition`. Nothing is read before it is asked for:
+    the channels are Zarr arrays, to be sliced like NumPy arrays.
+
+    Attributes
+    ----------
+    scales : ndarray
+        Scale edges in voxels, shape ``(number of channels,)``; channel ``k`` holds the
+        structures from ``scales[k - 1]`` (0 for the first) to ``scales[k]``.
+    channels : tuple of zarr.Array
+        One per edge, from the finest to the coarsest, each of the field's shape.
+    residual : zarr.Array
+        What is larger than the last edge.
+    attrs : mapping
+        All that the store remembers: parameters, plan, versions, source and its header.
+    parameters : Parameters
+        What decided the values.
+    """
+
+    def __init__(self, address: str, root: zarr.Group) -> None:
+        self._address, self._root = address, root
+        attributes: Any = root.attrs[store.KEY]
+        self.attrs: Mapping[str, Any] = MappingProxyType(attributes)
+        self.scales: NDArray[np.float64] = np.array(attributes["edges"], np.float64)
+        self.parameters = Parameters(**attributes["parameters"])
+        names = map(store.channel_name, range(len(self.scales)))
+        self.channels: tuple[Any, ...] = tuple(root[store.image_path(name)] for name in names)
+        self.residual: Any = root[store.image_path(store.RESIDUAL)]
+
+    @property
+    def path(self) -> str | None:
+        """Path or URL of the store; None for one in memory."""
+        return None if self._address.startswith("memory:") else self._address
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the field and of every channel, in voxels."""
+        shape: tuple[int, ...] = self.residual.shape
+        return shape
+
+    def reconstruct(self, region: Region | slice | None = None) -> NDArray[Any]:
+        """The field again: the channels from the finest to the coarsest, and the residual.
+
+        Parameters
+        ----------
+        region
+            Slices as NumPy takes them; None is everything, which must then fit into memory.
+
+        Returns
+        -------
+        ndarray
+            In the working dtype, equal to the field within 4 units in the last place of its
+            maximum.
+        """
+        where = () if region is None else region
+        total: NDArray[Any] = np.array(self.channels[0][where])
+        for part in (*self.channels[1:], self.residual):
+            total += part[where]
+        return total
+
+    def outputs(self) -> Iterator[tuple[str, float, float | None, dict[str, Any]]]:
+        """Name, lower and upper scale in voxels, and statistics of every output."""
+        names = [*map(store.channel_name, range(len(self.scales))), store.RESIDUAL]
+        for name in names:
+            attributes: Any = self._root[name].attrs[store.KEY]
+            yield (
+                name,
+                attributes["scale_from"],
+                attributes["scale_to"],
+                attributes.get("statistics", {}),
+            )
+
+    def shares(self) -> list[float]:
+        """Share of every output (channels, then residual) in the sum of all ``Σ |values|``."""
+        sums = [statistics["sum_abs"] for *_, statistics in self.outputs()]
+        total = sum(sums)
+        return [part / total if total else 0.0 for part in sums]
+
+    def table(self) -> str:
+        """Scale range, share, minimum and maximum of every output, as text."""
+        rows = []
+        for (name, low, high, numbers), share in zip(self.outputs(), self.shares(), strict=True):
+            scales = f"{low:g} - {high:g}" if high is not None else f"> {low:g}"
+            extremes = [f"{numbers['min']:.6g}", f"{numbers['max']:.6g}"]
+            rows.append([name, scales, f"{100 * share:.2f}%", *extremes])
+        return text_table(["output", "scales (voxels)", "share", "min", "max"], rows)
+
+    def __repr__(self) -> str:
+        size = " × ".join(map(str, self.shape))
+        scales = ", ".join(f"{edge:g}" for edge in self.scales)
+        volume = format_bytes(int(np.prod(self.shape)) * self.parameters.itemsize)
+        state = "" if self.attrs["complete"] else "INCOMPLETE "
+        return (
+            f"<{state}Decomposition of {size} {self.parameters.dtype} voxels ({volume} a channel) "
+            f"into {len(self.scales)} channels and a residual\n"
+            f"  scales  {scales} voxels\n"
+            f"  source  {self.attrs['source']['description']}\n"
+            f"  store   {self.path or 'in memory'}>"
+        )
+
+
+def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> Decomposition:
+    """Open the result of an earlier `decompose`.
+
+    Parameters
+    ----------
+    path
+        Path or URL of the store.
+    allow_incomplete
+        Open a store that is not finished; channels may then hold zeros where nothing was
+        written yet.
+
+    Returns
+    -------
+    Decomposition
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing at `path`.
+    StoreError
+        If it is no store of ours, of another format version, or not complete.
+    """
+    from zarr.errors import BaseZarrError
+
+    address = str(path)
+    if address.startswith("memory:"):
+        raise InputError("a store in memory cannot be opened by name: keep what decompose returned")
+    if "://" not in address:
+        address = str(Path(address).expanduser().absolute())
+        if not Path(address).exists():
+            raise FileNotFoundError(f"{address} does not exist")
+    try:
+        root = store.open_root(address)
+        attributes: Any = root.attrs[store.KEY]
+        version, complete = attributes["format_version"], attributes["complete"]
+    except (FileNotFoundError, BaseZarrError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{address} is no decomposition store of cdd-dask") from error
+    if version != store.FORMAT_VERSION:
+        raise StoreError(
+            f"{address} has format version {version}, this version of cdd-dask reads "
+            f"{store.FORMAT_VERSION}: install the one that wrote it"
+        )
+    if not complete and not allow_incomplete:
+        raise StoreError(
+            f"{address} is not complete: its run is still going on, or was stopped. Run it again "
+            "with overwrite=True, or look at what is there with allow_incomplete=True"
+        )
+    try:
+        return Decomposition(address, root)
+    except (BaseZarrError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{address} is damaged: {error}") from error

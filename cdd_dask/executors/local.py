@@ -1,0 +1,74 @@
+"""Pools of threads and of processes on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Collection, Iterable
+from concurrent import futures as pools
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from cdd_dask.executors.base import Executor
+
+THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+class ThreadsExecutor(Executor):
+    """Runs tasks on threads of this process; SciPy and torch compute outside the GIL."""
+
+    def __init__(self, workers: int) -> None:
+        self.window = 2 * workers
+        self._pool: pools.Executor = pools.ThreadPoolExecutor(workers)
+
+    def submit(self, function: Callable[[Any], Any], task: Any, name: str, number: int) -> Any:
+        return self._pool.submit(function, task)
+
+    def wait(self, futures: Collection[Any]) -> Iterable[Any]:
+        return pools.wait(futures, return_when=pools.FIRST_COMPLETED).done
+
+    def worker_died(self, error: BaseException) -> bool:
+        return isinstance(error, BrokenProcessPool)
+
+    def cancel(self, futures: Collection[Any]) -> None:
+        super().cancel(futures)
+        pools.wait(futures)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class ProcessesExecutor(ThreadsExecutor):
+    """Runs tasks in processes of this machine, which start afresh (``spawn``)."""
+
+    def __init__(self, workers: int, threads: int) -> None:
+        self.window = 2 * workers
+        self._workers, self._threads = workers, threads
+        self._pool = self._start()
+
+    def _start(self) -> pools.Executor:
+        return pools.ProcessPoolExecutor(
+            self._workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=limit_threads,
+            initargs=(self._threads,),
+        )
+
+    def submit(self, function: Callable[[Any], Any], task: Any, name: str, number: int) -> Any:
+        try:
+            return super().submit(function, task, name, number)
+        except BrokenProcessPool:  # a worker died, and its future is still to be seen
+            self.recover()
+            return super().submit(function, task, name, number)
+
+    def recover(self) -> None:
+        # every future of the broken pool says so: only the first needs a new one
+        if getattr(self._pool, "_broken", False):
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = self._start()
+
+
+def limit_threads(count: int) -> None:
+    """Cap the threads of libraries that read their limit when they are imported."""
+    for variable in THREAD_LIMITS:
+        os.environ[variable] = str(count)

@@ -1,0 +1,114 @@
+"""Bytes: how many there are, and how many a task holds at its peak."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from cdd_dask.blocks import Grid, largest_haloed_block, storage_chunks
+from cdd_dask.engines.base import Footprint
+from cdd_dask.errors import InputError
+
+TASK_OVERHEAD = 6_000_000
+"""Bytes that a task holds besides its arrays: buffers of the I/O pool and small objects."""
+CHUNKS_IN_FLIGHT = 10
+"""Inner chunks that Zarr decodes at once (its setting ``async.concurrency``)."""
+
+
+def available_memory() -> int:
+    """Bytes this process could still take: the least that the system and its cgroup leave."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            limit, usage = Path(limit_file).read_text(), Path(usage_file).read_text()
+        except OSError:
+            continue
+        if limit.strip().isdigit():
+            available = min(available, max(0, int(limit) - int(usage)))
+    return available
+
+
+def byte_count(name: str, value: int | float | str) -> int:
+    """Bytes meant by the argument `name`: a number, or a text like ``"500MB"`` or ``"2 GiB"``.
+
+    Examples
+    --------
+    >>> byte_count("memory", "500MB"), byte_count("memory", "2 GiB")
+    (500000000, 2147483648)
+    """
+    from dask.utils import parse_bytes
+
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        count = parse_bytes(value) if isinstance(value, str) else int(value)
+    except (ValueError, TypeError, OverflowError):
+        raise InputError(
+            f'{name}={value!r} is no amount of bytes: write 500000000, "500MB" or "2 GiB"'
+        ) from None
+    if count <= 0:
+        raise InputError(f"{name}={value!r} must be more than 0 bytes")
+    return int(count)
+
+
+def format_bytes(count: float) -> str:
+    """`count` in a unit that a person reads.
+
+    Examples
+    --------
+    >>> format_bytes(1_234_567_890), format_bytes(999)
+    ('1.23 GB', '999 B')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if count < 1000 or unit == "PB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+
+
+def task_peak(
+    grid: Grid,
+    depth: tuple[int, ...],
+    boundary: str,
+    footprint: Footprint,
+    itemsize: int,
+    source_itemsize: int,
+    source_chunk: tuple[int, ...] | None,
+) -> int:
+    """Bytes that one task of a stage holds at its peak on the host.
+
+    The largest of its three phases: reading the haloed block (and converting its type),
+    diffusing it while the core's start is kept, and encoding a core to write it.
+    """
+    haloed = largest_haloed_block(grid, depth, boundary)
+    core = math.prod(grid.block)
+    shard, chunk = storage_chunks(grid)
+    encoded = math.prod(shard) * itemsize
+    reading = haloed * (itemsize + source_itemsize)
+    if source_chunk is None:
+        source_chunk, source_itemsize = chunk, itemsize
+    # a chunk is held encoded and decoded while its part of the block is copied out
+    reading += 2 * source_itemsize * _voxels_in_flight(grid.shape, source_chunk)
+    diffusing = haloed * footprint.host + core * itemsize
+    # the field with its halo, the channel, and the shard encoded and then joined
+    writing = haloed * itemsize + core * itemsize + 2 * encoded
+    return max(reading, diffusing, writing) + TASK_OVERHEAD
+
+
+def _voxels_in_flight(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
+    """Voxels of the chunks that are decoded at once."""
+    chunks = math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
+    return min(CHUNKS_IN_FLIGHT, chunks) * math.prod(chunk)
+
+
+def device_peak(grid: Grid, depth: tuple[int, ...], boundary: str, footprint: Footprint) -> int:
+    """Bytes that one task holds at its peak on the engine's device."""
+    return largest_haloed_block(grid, depth, boundary) * footprint.device

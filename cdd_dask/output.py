@@ -1,0 +1,114 @@
+"""Whether an output may be made where the user wants it, checked before anything is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from cdd_dask.errors import DiskSpaceError, InputError, OutputAccessError, OutputExistsError
+from cdd_dask.memory import format_bytes
+from cdd_dask.plans import Plan
+from cdd_dask.readers import Source
+from cdd_dask.store import is_our_store
+
+
+def output_address(out: str | Path) -> str:
+    """Absolute path, or the URL, of the output."""
+    text = str(out)
+    if not text:
+        raise InputError("out='' is no path: name the store to make, for example out.zarr")
+    return text if "://" in text else str(Path(text).expanduser().absolute())
+
+
+def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> None:
+    """Refuse an output that would destroy something or cannot be written.
+
+    Parameters
+    ----------
+    address
+        From `output_address`.
+    source
+        What is decomposed: the output must not be, lie in or contain it.
+    plan
+        States the disk space needed.
+    overwrite
+        Whether a store of ours that is there may go.
+
+    Raises
+    ------
+    InputError
+        If output and source overlap.
+    OutputExistsError
+        If something is there that stays.
+    OutputAccessError
+        If the place cannot be written.
+    DiskSpaceError
+        If the output does not fit.
+    """
+    if "://" in address:
+        _check_remote(address, overwrite)
+        return
+    path = Path(address)
+    if source.portable and "://" not in source.address:
+        _check_apart(path, Path(source.address))
+    try:
+        reclaimed = _check_vacant(path, overwrite)
+        nearest = path if path.exists() else next(p for p in path.parents if p.exists())
+    except OSError as error:
+        if isinstance(error, OutputExistsError):
+            raise
+        raise OutputAccessError(f"out={address} cannot be used: {error}") from error
+    if not nearest.is_dir():
+        raise OutputAccessError(f"out={address} cannot be made: {nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputAccessError(f"out={address} cannot be made: no permission to write {nearest}")
+    free = shutil.disk_usage(nearest).free + reclaimed
+    if free < plan.disk_bytes:
+        raise DiskSpaceError(
+            f"out={address} needs up to {format_bytes(plan.disk_bytes)}, but its disk has "
+            f"{format_bytes(free)} free: choose another disk, lower max_scale (fewer channels) or "
+            "decompose a part"
+        )
+
+
+def _check_apart(out: Path, source: Path) -> None:
+    out, source = out.resolve(), source.resolve()
+    if out == source:
+        raise InputError(f"out={out} is the source: name another output")
+    if source in out.parents:
+        raise InputError(f"out={out} lies in the source {source}: name another output")
+    if out in source.parents:
+        raise InputError(f"out={out} contains the source {source}: name another output")
+
+
+def _check_vacant(path: Path, overwrite: bool) -> int:
+    """Bytes that overwriting what is at `path` frees."""
+    if not path.exists() and not path.is_symlink():
+        return 0
+    if path.is_dir() and not any(path.iterdir()):
+        return 0
+    if path.is_symlink() or not path.is_dir() or not is_our_store(path):
+        raise OutputExistsError(
+            f"out={path} exists and is no decomposition store, so it is never replaced: "
+            "name another output"
+        )
+    if not overwrite:
+        raise OutputExistsError(
+            f"out={path} holds a decomposition already: name another output, or replace it with "
+            "overwrite=True (--overwrite)"
+        )
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _check_remote(address: str, overwrite: bool) -> None:
+    import zarr
+
+    try:
+        zarr.open_group(address, mode="r")
+    except FileNotFoundError:
+        return
+    except (ImportError, OSError, ValueError) as error:
+        raise OutputAccessError(f"out={address} cannot be reached: {error}") from error
+    remedy = "it is not deleted for you there" if overwrite else "name another output"
+    raise OutputExistsError(f"out={address} exists: {remedy}")

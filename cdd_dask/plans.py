@@ -1,0 +1,227 @@
+"""The plan of a run: pure integers, made before anything is read or written.
+
+(No module is called `plan`, because that is the name of the verb in `cdd_dask`.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cdd_dask.blocks import Grid
+from cdd_dask.engines.base import Footprint
+from cdd_dask.memory import format_bytes
+from cdd_dask.parameters import Parameters
+from cdd_dask.tables import text_table
+
+
+@dataclass(frozen=True)
+class Volume:
+    """The field to decompose, as the plan sees it."""
+
+    shape: tuple[int, ...]
+    """Shape in voxels."""
+    source_itemsize: int = 4
+    """Bytes per voxel of the source."""
+    source_chunk: tuple[int, ...] | None = None
+    """Shape of what the source decodes at once, in voxels; None where nothing is decoded."""
+    is_zarr: bool = True
+    """Whether the source is a Zarr array, which halo'd blocks are read from directly."""
+    reachable: bool = True
+    """Whether the tasks can open the source; else it is copied into the store first."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run may use and on what it runs."""
+
+    engine: str
+    """Engine's name, never ``auto``."""
+    device: str
+    """Device the engine computes on."""
+    executor: str
+    """Executor's name, never ``auto``."""
+    workers: int
+    """Tasks that run at once, in the whole run."""
+    tasks_per_budget: int
+    """Tasks that share `memory`: all of them on one machine, a worker's threads on a cluster."""
+    memory: int
+    """Bytes those tasks may hold together above the interpreter's baseline."""
+    threads: int
+    """Threads a task may compute with."""
+    footprint: Footprint
+    """The engine's working memory in bytes per voxel."""
+    voxel_steps_per_second: float
+    """Rough speed of one task, for estimates of time."""
+    device_memory: int | None = None
+    """Free bytes on the device; None where the engine computes on the host."""
+    in_memory: bool = False
+    """Whether the output lives in memory rather than on disk."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All work for one channel, or the copying-in of the source (stage 0)."""
+
+    number: int
+    """0 for the copying-in, ``k + 1`` for channel `k`."""
+    scale_from: float
+    """Lower scale edge in voxels, 0 for the first channel."""
+    scale_to: float
+    """Upper scale edge in voxels."""
+    steps: int
+    """Number of diffusion steps."""
+    sigma: float
+    """Standard deviation of one step's kernel in voxels."""
+    radius: int
+    """Radius of one step's kernel in voxels."""
+    regime: str
+    """How the channel is computed: ``copy`` or ``direct`` (full kernels, halo'd blocks)."""
+    passes: int
+    """Times the volume is read and written."""
+    level: int
+    """Coarse level that the smoothing uses; 0 is the full grid."""
+    depth: tuple[int, ...]
+    """Halo in voxels per axis; 0 along axes that are not cut."""
+    tasks: int
+    """Number of tasks."""
+    haloed_voxels: int
+    """Voxels computed by all tasks together, halos included."""
+    voxel_steps: int
+    """Steps times `haloed_voxels`."""
+    bytes_read: int
+    """Bytes read, uncompressed."""
+    bytes_written: int
+    """Bytes written, before compression."""
+    peak_memory: int
+    """Bytes that one task holds at its peak on the host."""
+    peak_device_memory: int
+    """Bytes that one task holds at its peak on the device."""
+    seconds: float
+    """Rough estimate of the stage's time."""
+    error: str
+    """``exact`` (nothing is cut), ``bounded``, or what decides whether it is."""
+
+    @property
+    def channel(self) -> int | None:
+        """Number of the channel; None for the copying-in."""
+        return self.number - 1 if self.number else None
+
+    @property
+    def work(self) -> int:
+        """Weight of the stage in the run's progress."""
+        return self.voxel_steps + self.haloed_voxels
+
+    @property
+    def name(self) -> str:
+        """What a person calls the stage's tasks."""
+        return f"decompose-ch{self.channel:02d}-pass1" if self.number else "decompose-copy-in"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, stage by stage, and what it needs."""
+
+    parameters: Parameters
+    volume: Volume
+    resources: Resources
+    edges: tuple[float, ...]
+    """Scale edges in voxels."""
+    block: tuple[int, ...]
+    """Shape of a block's core in voxels."""
+    copy_in: bool
+    """Whether the source is first copied into the store, block by block, as stage 0."""
+    stages: tuple[Stage, ...]
+    peak_memory: int
+    """Projected peak of all tasks that run at once, in bytes, per machine or worker."""
+    disk_bytes: int
+    """Largest size of the output while it is made, in bytes, before compression."""
+    files: int
+    """Largest number of files (objects) in the output while it is made."""
+
+    @property
+    def grid(self) -> Grid:
+        """The volume cut into blocks."""
+        return Grid(self.volume.shape, self.block)
+
+    @property
+    def one_block(self) -> bool:
+        """Whether one task computes everything, so that no working field is stored."""
+        return len(self.grid) == 1
+
+    @property
+    def seconds(self) -> float:
+        """Rough estimate of the run's time."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {**asdict(self), "grid": self.grid.counts, "seconds": self.seconds}
+
+    def __str__(self) -> str:
+        return describe_plan(self)
+
+
+def describe_plan(plan: Plan) -> str:
+    """The plan as a table for people."""
+    volume, resources = plan.volume, plan.resources
+    itemsize = plan.parameters.itemsize
+    shared = f"{min(resources.tasks_per_budget, len(plan.grid))} at once"
+    lines = [
+        f"volume     {_times(volume.shape)} {plan.parameters.dtype}, "
+        f"{format_bytes(math.prod(volume.shape) * itemsize)}",
+        f"blocks     {len(plan.grid)} of {_times(plan.block)} ({_times(plan.grid.counts)})",
+        f"engine     {resources.engine} on {resources.device}, executor {resources.executor}, "
+        f"{resources.workers} worker{'s' if resources.workers > 1 else ''}",
+        f"memory     {format_bytes(plan.peak_memory)} at the peak ({shared}) of "
+        f"{format_bytes(resources.memory)} allowed",
+        "disk       none (in memory)"
+        if resources.in_memory
+        else f"disk       up to {format_bytes(plan.disk_bytes)} in {plan.files} files",
+        f"time       about {format_seconds(plan.seconds)} (rough)",
+    ]
+    if any("one sign" in stage.error for stage in plan.stages):
+        lines.append("error      bounded for a field of one sign, estimated for mixed signs")
+    columns: dict[str, Callable[[Stage], str]] = {
+        "stage": lambda s: f"channel {s.channel}" if s.number else "copy in",
+        "scales": lambda s: f"{s.scale_from:g} - {s.scale_to:g}" if s.number else "",
+        "regime": lambda s: s.regime,
+        "passes": lambda s: str(s.passes),
+        "steps": lambda s: str(s.steps),
+        "sigma": lambda s: f"{s.sigma:.3g}",
+        "level": lambda s: str(s.level),
+        "halo": lambda s: _times(s.depth),
+        "overhead": lambda s: f"{s.haloed_voxels / math.prod(volume.shape):.2f}",
+        "tasks": lambda s: str(s.tasks),
+        "read": lambda s: format_bytes(s.bytes_read),
+        "written": lambda s: format_bytes(s.bytes_written),
+        "task peak": lambda s: format_bytes(s.peak_memory),
+        "device": lambda s: format_bytes(s.peak_device_memory),
+        "time": lambda s: format_seconds(s.seconds),
+        "error": lambda s: s.error,
+    }
+    rows = [[column(stage) for column in columns.values()] for stage in plan.stages]
+    return "\n".join([*lines, "", text_table(list(columns), rows)])
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration in the units a person reads.
+
+    Examples
+    --------
+    >>> format_seconds(0.4), format_seconds(75), format_seconds(7300)
+    ('0.4 s', '1 min 15 s', '2 h 2 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _times(numbers: tuple[int, ...]) -> str:
+    return " × ".join(map(str, numbers))

@@ -1,0 +1,128 @@
+"""Readers: anything a user may call a source, opened without loading it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdd_dask.blocks import Region
+from cdd_dask.errors import InputError, SourceNotFoundError, SourceReadError
+from cdd_dask.readers.arrays import known_array, open_array, open_npy
+from cdd_dask.readers.base import Source
+
+FITS_SUFFIXES = (".fits", ".fit", ".fts", ".fits.gz", ".fits.fz", ".fits.bz2")
+SCAN_BYTES = 64_000_000
+"""Bytes that a search for a bad value reads at a time."""
+
+__all__ = ["NonFiniteError", "Source", "locate_nonfinite", "open_source", "read_finite"]
+
+
+class NonFiniteError(InputError):
+    """The source holds a NaN or an infinity."""
+
+
+def open_source(source: Any) -> Source:
+    """Open `source` for reading by region; nothing but metadata is read.
+
+    Parameters
+    ----------
+    source
+        A path (Zarr, FITS, `.npy`), a URL of a Zarr array, a NumPy, torch, dask, xarray or
+        Zarr array, or the `address` of a `Source`.
+
+    Raises
+    ------
+    SourceNotFoundError
+        If the path does not exist.
+    SourceReadError
+        If it cannot be read.
+    InputError
+        If its shape or dtype is none that can be decomposed.
+    """
+    if not isinstance(source, str | Path):
+        if type(source).__module__.split(".")[0] == "zarr":
+            from cdd_dask.readers.zarr_arrays import zarr_source
+
+            if not hasattr(source, "dtype"):
+                raise InputError("source is a Zarr group: name one of its arrays")
+            return zarr_source(source)
+        return open_array(source)
+    address = str(source)
+    if address.startswith("object:"):
+        return known_array(address)
+    if "://" in address:
+        from cdd_dask.readers.zarr_arrays import open_zarr
+
+        return open_zarr(address)
+    path = Path(address).expanduser().absolute()
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise SourceReadError(f"source {path} cannot be read: {error}") from error
+    if is_file and path.name.lower().endswith(FITS_SUFFIXES):
+        from cdd_dask.readers.fits import open_fits
+
+        return open_fits(path)
+    if is_file and path.suffix == ".npy":
+        return open_npy(path)
+    if is_folder:
+        from cdd_dask.readers.zarr_arrays import open_zarr
+
+        return open_zarr(str(path))
+    if not path.exists():
+        raise SourceNotFoundError(f"source {path} does not exist")
+    raise SourceReadError(
+        f"source {path} is of an unknown kind: give a Zarr array, a FITS file "
+        f"({', '.join(FITS_SUFFIXES[:3])}) or a .npy file"
+    )
+
+
+def read_finite(source: Source, region: Region, dtype: str) -> NDArray[Any]:
+    """The values of `region` in the working `dtype`, native byte order, C-contiguous, writable.
+
+    Raises
+    ------
+    NonFiniteError
+        If one of them is NaN or infinite, or does not fit `dtype`.
+    """
+    with np.errstate(over="ignore"):
+        values = np.array(source.read(region), dtype=dtype, order="C")
+    if not np.isfinite(values).all():
+        raise NonFiniteError(f"{source.description} holds values that are not finite")
+    return values
+
+
+def locate_nonfinite(source: Source, dtype: str) -> NonFiniteError:
+    """The error that tells where the first NaN or infinity of `source` is, in C order."""
+    row_bytes = max(1, int(np.prod(source.shape[1:]))) * source.dtype.itemsize
+    rows = max(1, SCAN_BYTES // row_bytes)
+    rest = tuple(slice(0, n) for n in source.shape[1:])
+    for start in range(0, source.shape[0], rows):
+        region = (slice(start, min(start + rows, source.shape[0])), *rest)
+        raw = source.read(region)
+        with np.errstate(over="ignore"):
+            values = raw.astype(dtype)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if not len(bad):
+            continue
+        local = np.unravel_index(bad[0], values.shape)
+        place = (start + int(local[0]), *map(int, local[1:]))
+        value = raw[local]
+        if np.isnan(value):
+            blank = " (every voxel looked at is)" if len(bad) == values.size else ""
+            return NonFiniteError(
+                f"{source.description} is NaN at {place}{blank}: fill blank voxels first, for "
+                "example with numpy.nan_to_num"
+            )
+        if np.isinf(value):
+            return NonFiniteError(
+                f"{source.description} is {value} at {place}: replace infinities by finite values"
+            )
+        return NonFiniteError(
+            f'{source.description} is {value} at {place}, too large for dtype="{dtype}": '
+            'use dtype="float64"'
+        )
+    return NonFiniteError(f"{source.description} held values that were not finite when first read")

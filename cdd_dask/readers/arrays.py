@@ -1,0 +1,101 @@
+"""Arrays in this process (NumPy, torch, dask, xarray, Zarr) and `.npy` files."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdd_dask.blocks import Region
+from cdd_dask.errors import InputError, SourceReadError
+from cdd_dask.readers.base import Source
+
+_numbers = itertools.count()
+_sources: weakref.WeakValueDictionary[str, Source] = weakref.WeakValueDictionary()
+
+
+def open_array(array: Any) -> Source:
+    """A source that reads from `array`, which stays in this process.
+
+    Parameters
+    ----------
+    array
+        A NumPy array or anything that slices to one: a torch tensor, a dask or xarray object.
+    """
+    kind = type(array).__module__.split(".")[0]
+    names = None
+    if kind == "xarray":
+        if not hasattr(array, "dims") or not hasattr(array, "dtype"):
+            raise InputError(
+                f"source is an xarray {type(array).__name__}: choose one of its variables"
+            )
+        names = tuple(map(str, array.dims))
+        array = array.data
+    elif kind == "torch":
+        array = array.detach().cpu()
+        if array.is_sparse:
+            raise InputError("source is a sparse tensor: give source.to_dense()")
+        array = _from_torch(array)
+    elif isinstance(array, np.ma.MaskedArray):
+        raise InputError(
+            "source is a masked array: fill its blank voxels first, source.filled(value)"
+        )
+    elif not hasattr(array, "__array__") or not hasattr(array, "shape"):
+        array = np.asarray(array)
+
+    def read(region: Region) -> NDArray[Any]:
+        return np.asarray(array[region])
+
+    source = Source(
+        description=f"a {kind} array" if kind != "builtins" else "a list of numbers",
+        address=f"object:{next(_numbers)}",
+        portable=False,
+        is_zarr=False,
+        shape=tuple(map(int, array.shape)),
+        dtype=np.dtype(array.dtype),
+        read=read,
+        dimension_names=names,
+    )
+    _sources[source.address] = source
+    return source
+
+
+def known_array(address: str) -> Source:
+    """The source that `open_array` gave `address`, while it is in use."""
+    return _sources[address]
+
+
+def _from_torch(tensor: Any) -> NDArray[Any]:
+    import torch
+
+    # NumPy knows neither bfloat16 nor a lazily conjugated tensor
+    values = tensor.float() if tensor.dtype == torch.bfloat16 else tensor.resolve_conj()
+    array: NDArray[Any] = values.numpy()
+    return array
+
+
+def open_npy(path: Path) -> Source:
+    """A source that maps a `.npy` file.
+
+    Raises
+    ------
+    SourceReadError
+        If the file is damaged, truncated, or holds pickled objects.
+    """
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise SourceReadError(f"{path} is no readable .npy file: {error}") from error
+    return Source(
+        description=str(path),
+        address=str(path),
+        portable=True,
+        is_zarr=False,
+        shape=mapped.shape,
+        dtype=mapped.dtype,
+        read=lambda region: np.asarray(mapped[region]),
+    )

@@ -1,0 +1,59 @@
+"""What every reader hands over: a `Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdd_dask.blocks import Region
+from cdd_dask.errors import InputError
+from cdd_dask.parameters import MAX_NDIM
+
+
+@dataclass(frozen=True)
+class Source:
+    """A field that can be read region by region.
+
+    Raises
+    ------
+    InputError
+        If its shape or dtype is none that can be decomposed.
+    """
+
+    description: str
+    """What it is, for people: a path, or the kind of array."""
+    address: str
+    """What `open_source` opens it by again, in another process if `portable`."""
+    portable: bool
+    """Whether another process on a shared file system can open it."""
+    is_zarr: bool
+    """Whether it is a Zarr array, whose chunks make halo'd reads cheap."""
+    shape: tuple[int, ...]
+    """Shape in voxels."""
+    dtype: np.dtype[Any]
+    """Type as stored, of any byte order."""
+    read: Callable[[Region], NDArray[Any]]
+    """The values of a region, in the source's dtype."""
+    dimension_names: tuple[str, ...] | None = None
+    """Names of the axes, where the source knows them."""
+    chunk: tuple[int, ...] | None = None
+    """Shape of what is decoded at once, in voxels; None where nothing is."""
+    header: str | None = None
+    """The source's own metadata as text, where it has some."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.shape) <= MAX_NDIM:
+            raise InputError(
+                f"{self.description} has {len(self.shape)} axes (shape {self.shape}): "
+                f"give an array of 1 to {MAX_NDIM} axes"
+            )
+        if 0 in self.shape:
+            raise InputError(f"{self.description} is empty (shape {self.shape})")
+        if self.dtype.kind not in "biuf":
+            raise InputError(
+                f"{self.description} has dtype {self.dtype}: only real numbers can be decomposed"
+            )

@@ -1,0 +1,135 @@
+"""What a run may use: engine, executor, workers and memory, resolved before anything else."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from cdd_dask.engines import load_engine
+from cdd_dask.errors import DeviceError, InputError
+from cdd_dask.executors import EXECUTORS, IN_PROCESS
+from cdd_dask.memory import available_memory, byte_count
+from cdd_dask.parameters import Parameters, check_choice
+from cdd_dask.plans import Resources
+
+BASELINE = 140_000_000
+"""Bytes an interpreter with this package holds before any task."""
+BASELINE_TORCH = 320_000_000
+"""The same with torch."""
+
+
+def resolve_resources(
+    parameters: Parameters,
+    *,
+    engine: str,
+    device: str | None,
+    memory: int | str | None,
+    executor: str,
+    workers: int | None,
+    client: Any,
+    in_memory: bool,
+) -> Resources:
+    """Turn what the user asked for into what the run will use.
+
+    Raises
+    ------
+    InputError
+        If the arguments contradict each other.
+    DeviceError
+        If the device is absent.
+    """
+    name = _executor_name(executor, workers, client, in_memory)
+    budget = None if memory is None else byte_count("memory", memory)
+    if client is not None:
+        return _on_client(parameters, engine, device, budget, client)
+    count = _worker_count(name, workers)
+    chosen = load_engine(engine, device)
+    free = chosen.free_device_memory()
+    return Resources(
+        engine=chosen.name,
+        device=chosen.device,
+        executor=name,
+        workers=count,
+        tasks_per_budget=count,
+        memory=budget or available_memory() // 2,
+        threads=max(1, _cores() // count),
+        footprint=chosen.footprint(parameters.itemsize),
+        voxel_steps_per_second=chosen.voxel_steps_per_second,
+        device_memory=None if free is None else free // count,
+        in_memory=in_memory,
+    )
+
+
+def _executor_name(executor: str, workers: int | None, client: Any, in_memory: bool) -> str:
+    check_choice("executor", executor, EXECUTORS)
+    if workers is not None and (isinstance(workers, bool) or int(workers) != workers):
+        raise InputError(f"workers={workers!r} must be a whole number >= 1")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers={workers!r} must be >= 1")
+    if executor == "auto":
+        several = "threads" if in_memory else "distributed"
+        executor = "distributed" if client is not None else several if workers and workers > 1 \
+            else "serial"  # fmt: skip
+    if client is not None and executor != "distributed":
+        raise InputError(f"client is given, but executor={executor!r}: leave one of them out")
+    if client is not None and workers is not None:
+        raise InputError(f"workers={workers} with a client: the cluster decides, leave it out")
+    if executor == "serial" and workers is not None and workers > 1:
+        raise InputError(f'workers={workers} with executor="serial": use "threads" or "processes"')
+    if in_memory and executor not in IN_PROCESS:
+        raise InputError(
+            f"out=None keeps the result in this process, which executor={executor!r} cannot "
+            'reach: give out=, or use executor="threads"'
+        )
+    return executor
+
+
+def _worker_count(executor: str, workers: int | None) -> int:
+    return 1 if executor == "serial" else int(workers or _cores())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _on_client(
+    parameters: Parameters, engine: str, device: str | None, budget: int | None, client: Any
+) -> Resources:
+    """Resources of the workers of a user's cluster."""
+    from cdd_dask.executors.dask import workers_of
+
+    info = workers_of(client).values()
+    found = set(client.run(_probe_engine, engine, device, parameters.itemsize).values())
+    names = {probe[:2] for probe in found}
+    if len(names) > 1:
+        raise DeviceError(
+            f"engine={engine!r} is not the same on all workers ({sorted(names)}): name an engine "
+            "and a device that all have"
+        )
+    name, on_device = names.pop()
+    threads = max(worker["nthreads"] for worker in info)
+    baseline = BASELINE_TORCH if name == "torch" else BASELINE
+    limits = [worker["memory_limit"] for worker in info if worker["memory_limit"]]
+    default = max(1, min(limits) - baseline) if limits else available_memory() // (2 * len(info))
+    free = [probe[2] for probe in found if probe[2] is not None]
+    # loaded here only for what does not depend on the machine
+    chosen = load_engine(name, "cpu")
+    footprint = max((probe[3] for probe in found), key=lambda f: f.host + f.device)
+    return Resources(
+        engine=name,
+        device=on_device,
+        executor="distributed",
+        workers=sum(worker["nthreads"] for worker in info),
+        tasks_per_budget=threads,
+        memory=budget or default,
+        threads=1,
+        footprint=footprint,
+        voxel_steps_per_second=chosen.voxel_steps_per_second,
+        device_memory=min(free) // threads if free else None,
+    )
+
+
+def _probe_engine(engine: str, device: str | None, itemsize: int) -> tuple[Any, ...]:
+    """What a worker has: engine, device, free device memory, footprint."""
+    chosen = load_engine(engine, device)
+    return chosen.name, chosen.device, chosen.free_device_memory(), chosen.footprint(itemsize)

@@ -1,0 +1,57 @@
+"""Statistics of a field, gathered block by block."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums and extremes of a region's values, in float64; those of disjoint regions add up.
+
+    Examples
+    --------
+    >>> both = Statistics.of(np.array([1.0, -2.0])) + Statistics.of(np.array([4.0]))
+    >>> both.count, both.sum, both.sum_abs, both.min, both.max
+    (3, 3.0, 7.0, -2.0, 4.0)
+    """
+
+    count: int
+    sum: float
+    sum_abs: float
+    sum_squares: float
+    min: float
+    max: float
+
+    @staticmethod
+    def of(values: NDArray[Any]) -> Statistics:
+        """The statistics of an array that is not empty."""
+        flat = values.reshape(-1)
+        positive = float(np.sum(flat, dtype=np.float64, where=flat > 0))
+        total = float(np.sum(flat, dtype=np.float64))
+        return Statistics(
+            count=flat.size,
+            sum=total,
+            sum_abs=2 * positive - total,
+            sum_squares=float(np.einsum("i,i->", flat, flat, dtype=np.float64)),
+            min=float(flat.min()),
+            max=float(flat.max()),
+        )
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(
+            count=self.count + other.count,
+            sum=self.sum + other.sum,
+            sum_abs=self.sum_abs + other.sum_abs,
+            sum_squares=self.sum_squares + other.sum_squares,
+            min=min(self.min, other.min),
+            max=max(self.max, other.max),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The statistics as plain JSON values."""
+        return asdict(self)

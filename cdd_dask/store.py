@@ -1,0 +1,271 @@
+"""The store: a Zarr hierarchy that is the only state of a run.
+
+::
+
+    out.zarr                       attributes["cdd_dask"]: parameters, edges, plan, source, …
+    ├── channel_00/scale0/image    and the coordinate arrays z, y, x beside it
+    ├── channel_01/scale0/image
+    ├── residual/scale0/image
+    └── work/field_00              working fields, removed when nothing needs them
+
+All metadata is written before any task; a task writes whole shards that no other task writes;
+``complete: true`` is written last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdd_dask.blocks import Grid, Region, storage_chunks, wrapped_pieces
+from cdd_dask.errors import StoreError
+
+if TYPE_CHECKING:
+    import zarr
+    from zarr.storage import MemoryStore
+
+FORMAT_VERSION = 1
+KEY = "cdd_dask"
+"""The one key under which everything of ours lies in the root's and the groups' attributes."""
+RESIDUAL = "residual"
+
+_numbers = itertools.count()
+_memory_stores: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
+
+
+def channel_name(k: int) -> str:
+    """Name of channel `k`'s group."""
+    return f"channel_{k:02d}"
+
+
+def image_path(group: str) -> str:
+    """Where the data of a channel's or the residual's group lie."""
+    return f"{group}/scale0/image"
+
+
+def field_path(k: int) -> str:
+    """Where the working field lies that channel `k` starts from."""
+    return f"work/field_{k:02d}"
+
+
+def new_memory_store() -> tuple[str, MemoryStore]:
+    """A store in this process's memory and its address; it lives as long as it is referenced."""
+    from zarr.storage import MemoryStore
+
+    address, store = f"memory:{next(_numbers)}", MemoryStore()
+    _memory_stores[address] = store
+    return address, store
+
+
+def _store_like(address: str) -> Any:
+    return _memory_stores[address] if address.startswith("memory:") else address
+
+
+def open_root(address: str, mode: str = "r") -> zarr.Group:
+    """The root group of the store at `address`."""
+    import zarr
+
+    return zarr.open_group(_store_like(address), mode=mode, zarr_format=3)  # type: ignore[arg-type]
+
+
+def is_our_store(path: Path) -> bool:
+    """Whether a folder holds a store that this package made, complete or not."""
+    import json
+
+    try:
+        metadata = json.loads((path / "zarr.json").read_text())
+        return "format_version" in metadata["attributes"][KEY]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def remove_store(path: Path) -> None:
+    """Delete a store of ours, and nothing else."""
+    if not is_our_store(path):
+        raise StoreError(f"{path} is no decomposition store: it is not deleted")
+    shutil.rmtree(path)
+
+
+def create_store(
+    address: str,
+    grid: Grid,
+    edges: Sequence[float],
+    dtype: str,
+    dimension_names: tuple[str, ...],
+    attributes: dict[str, Any],
+) -> None:
+    """Write all metadata of an empty store; nothing may be there.
+
+    Parameters
+    ----------
+    address
+        Path, URL or memory address.
+    grid
+        The volume cut into blocks; a shard is one block's core.
+    edges
+        Scale edges in voxels.
+    dtype
+        Type of all fields.
+    dimension_names
+        Names of the axes.
+    attributes
+        What the root remembers under `KEY` besides the format version.
+    """
+    root = open_root(address, mode="w-")
+    root.attrs[KEY] = {"format_version": FORMAT_VERSION, **attributes, "complete": False}
+    lower = [0.0, *edges]
+    for k, (low, high) in enumerate(itertools.pairwise(lower)):
+        _create_output(root, channel_name(k), (low, high), grid, dtype, dimension_names)
+    _create_output(root, RESIDUAL, (edges[-1], None), grid, dtype, dimension_names)
+
+
+def _create_output(
+    root: zarr.Group,
+    name: str,
+    scales: tuple[float, float | None],
+    grid: Grid,
+    dtype: str,
+    dimension_names: tuple[str, ...],
+) -> None:
+    group = root.create_group(name)
+    group.attrs[KEY] = {"scale_from": scales[0], "scale_to": scales[1], "unit": "voxel"}
+    multiscales = _ome_multiscales(name, dimension_names)
+    if multiscales is not None:
+        group.attrs["ome"] = multiscales
+    level = group.create_group("scale0")
+    _create_field(level, "image", grid, dtype, dimension_names)
+    for axis, size in zip(dimension_names, grid.shape, strict=True):
+        level.create_array(axis, data=np.arange(size, dtype=np.float64), dimension_names=(axis,))
+
+
+def _create_field(
+    group: zarr.Group,
+    path: str,
+    grid: Grid,
+    dtype: str,
+    dimension_names: tuple[str, ...] | None = None,
+) -> None:
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.storage import MemoryStore
+
+    shards, chunks = storage_chunks(grid)
+    in_memory = isinstance(group.store, MemoryStore)
+    group.create_array(
+        path,
+        shape=grid.shape,
+        # in memory there is no file to save and nothing to protect: a chunk is a block
+        shards=None if in_memory else shards,
+        chunks=grid.block if in_memory else chunks,
+        compressors=None if in_memory else [ZstdCodec(level=1), Crc32cCodec()],
+        dtype=dtype,
+        fill_value=0.0,
+        dimension_names=dimension_names,
+    )
+
+
+def _ome_multiscales(name: str, dimension_names: tuple[str, ...]) -> dict[str, Any] | None:
+    """OME-Zarr 0.5 metadata: for 2 or 3 space axes, after at most one axis of another kind."""
+    space = [axis for axis in dimension_names if axis in ("z", "y", "x")]
+    others = dimension_names[: len(dimension_names) - len(space)]
+    ordered = tuple(space) == tuple(axis for axis in "zyx" if axis in space)
+    if not (ordered and len(space) >= 2 and len(others) <= 1 and dimension_names[-1] == "x"):
+        return None
+    if dimension_names != (*others, *space):
+        return None
+    kinds = {"t": "time", "c": "channel", "v": "velocity", "f": "frequency", "w": "wavelength"}
+    axes = [{"name": axis, "type": kinds.get(axis, "other")} for axis in others]
+    axes += [{"name": axis, "type": "space"} for axis in space]
+    scale = {"type": "scale", "scale": [1.0] * len(axes)}
+    datasets = [{"path": "scale0/image", "coordinateTransformations": [scale]}]
+    return {
+        "version": "0.5",
+        "multiscales": [{"name": name, "axes": axes, "datasets": datasets}],
+    }
+
+
+def create_working_field(address: str, k: int, grid: Grid, dtype: str) -> None:
+    """Make room for the working field that channel `k` starts from."""
+    _create_field(open_root(address, "r+"), field_path(k), grid, dtype)
+
+
+def remove_working_field(address: str, k: int) -> None:
+    """Delete a working field that nothing needs any more, and `work` when it is empty."""
+    root = open_root(address, "r+")
+    del root[field_path(k)]
+    if not list(root["work"].keys()):  # type: ignore[union-attr]
+        del root["work"]
+
+
+def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
+    """The values of `region`, which may run beyond the array and is then read modulo its shape."""
+    array = _open_array(address, path)
+    return read_wrapped(lambda inside: np.asarray(array[inside]), array.shape, region)
+
+
+def read_wrapped(read: Any, shape: tuple[int, ...], region: Region) -> NDArray[Any]:
+    """What `read` gives for `region`, taken modulo `shape` where it runs beyond the volume."""
+    if all(0 <= s.start and s.stop <= n for s, n in zip(region, shape, strict=True)):
+        values: NDArray[Any] = read(region)
+        return values
+    result: NDArray[Any] | None = None
+    pieces = [wrapped_pieces(s.start, s.stop, n) for s, n in zip(region, shape, strict=True)]
+    for piece in itertools.product(*pieces):
+        values = read(tuple(source for _, source in piece))
+        if result is None:
+            result = np.empty([s.stop - s.start for s in region], values.dtype)
+        result[tuple(target for target, _ in piece)] = values
+    assert result is not None  # no region is empty
+    return result
+
+
+def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> None:
+    """Write one block's core: a whole shard, which no other task writes."""
+    from zarr.core.sync import sync
+
+    array = _open_array(address, path, "r+")
+    # Zarr reads a shard before it writes one: a torn shard would make every retry fail
+    unit = array.shards or array.chunks
+    place = tuple(s.start // n for s, n in zip(core, unit, strict=True))
+    key = array.metadata.encode_chunk_key(place)
+    sync(array.store.delete(f"{array.path}/{key}"))
+    # the setting is not stored with the array: a block of zeros must leave its chunks
+    array.with_config({"write_empty_chunks": True})[core] = values
+
+
+def _open_array(address: str, path: str, mode: str = "r") -> zarr.Array[Any]:
+    import zarr
+
+    return zarr.open_array(_store_like(address), path=path, mode=mode, zarr_format=3)
+
+
+def finish_store(
+    address: str, statistics: Sequence[dict[str, Any]], attributes: dict[str, Any]
+) -> None:
+    """Write every output's statistics, then `attributes` and, last of all, that it is complete."""
+    root = open_root(address, "r+")
+    names = [*map(channel_name, range(len(statistics) - 1)), RESIDUAL]
+    for name, numbers in zip(names, statistics, strict=True):
+        group = root[name]
+        group.attrs[KEY] = {**group.attrs[KEY], "statistics": numbers}
+    root.attrs[KEY] = {**root.attrs[KEY], **attributes, "complete": True}
+
+
+def default_dimension_names(ndim: int) -> tuple[str, ...]:
+    """Names of the axes of a source that has none."""
+    return ("w", "z", "y", "x")[4 - ndim :]
+
+
+def missing_shards(array: zarr.Array[Any]) -> int:
+    """How many of an array's shards (or chunks) are not in the store."""
+    unit = array.shards or array.chunks
+    expected = math.prod(-(-n // u) for n, u in zip(array.shape, unit, strict=True))
+    per_shard = math.prod(-(-u // c) for u, c in zip(unit, array.chunks, strict=True))
+    return expected - array.nchunks_initialized // per_shard
