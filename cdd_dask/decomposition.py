@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -152,7 +153,7 @@ def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> D
     if address.startswith("memory:"):
         raise InputError("a store in memory cannot be opened by name: keep what decompose returned")
     if "://" not in address:
-        address = str(Path(address).expanduser().absolute())
+        address = os.path.abspath(Path(address).expanduser())
         if not Path(address).exists():
             raise FileNotFoundError(f"{address} does not exist")
     try:

@@ -18,7 +18,7 @@ def output_address(out: str | Path) -> str:
     text = str(out)
     if not text:
         raise InputError("out='' is no path: name the store to make, for example out.zarr")
-    return text if "://" in text else str(Path(text).expanduser().absolute())
+    return text if "://" in text else os.path.abspath(Path(text).expanduser())
 
 
 def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> None:

@@ -253,9 +253,12 @@ def finish_store(
     root = open_root(address, "r+")
     names = [*map(channel_name, range(len(statistics) - 1)), RESIDUAL]
     for name, numbers in zip(names, statistics, strict=True):
-        group = root[name]
-        group.attrs[KEY] = {**group.attrs[KEY], "statistics": numbers}
-    root.attrs[KEY] = {**root.attrs[KEY], **attributes, "complete": True}
+        _update(root[name], {"statistics": numbers})
+    _update(root, {**attributes, "complete": True})
+
+
+def _update(group: Any, attributes: dict[str, Any]) -> None:
+    group.attrs[KEY] = {**group.attrs[KEY], **attributes}
 
 
 def default_dimension_names(ndim: int) -> tuple[str, ...]:

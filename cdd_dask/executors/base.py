@@ -48,7 +48,7 @@ class Executor(ABC):
     def worker_died(self, error: BaseException) -> bool:
         """Whether `error` says that the process computing a task was lost."""
 
-    def recover(self) -> None:
+    def recover(self) -> None:  # noqa: B027 - most pools have nothing to do
         """Make the pool usable again after a worker died."""
 
     def cancel(self, futures: Collection[Any]) -> None:
@@ -56,7 +56,7 @@ class Executor(ABC):
         for future in futures:
             future.cancel()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - nor to release
         """Release the pool."""
 
     def run(

@@ -52,7 +52,9 @@ class DaskExecutor(Executor):
     def wait(self, futures: Collection[Any]) -> Iterable[Any]:
         from distributed import wait
 
-        return wait(futures, return_when="FIRST_COMPLETED").done  # type: ignore[no-any-return]
+        with self.client.as_current():  # the user's client need not be the default one
+            done: Iterable[Any] = wait(list(futures), return_when="FIRST_COMPLETED").done
+        return done
 
     def worker_died(self, error: BaseException) -> bool:
         from distributed.scheduler import KilledWorker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def open_source(source: Any) -> Source:
         from cdd_dask.readers.zarr_arrays import open_zarr
 
         return open_zarr(address)
-    path = Path(address).expanduser().absolute()
+    path = Path(os.path.abspath(Path(address).expanduser()))
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:

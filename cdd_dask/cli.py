@@ -1,0 +1,224 @@
+"""The command `cdd-dask`: the verbs on the command line.
+
+Exit status: 0 done; 1 a run or a verification failed; 2 the request was refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from cdd_dask import __version__
+from cdd_dask.config import load_config
+from cdd_dask.engines import ENGINES
+from cdd_dask.errors import BlockError, CddError, VerificationError
+from cdd_dask.executors import EXECUTORS
+from cdd_dask.parameters import BOUNDARIES, DTYPES, KERNELS, MODES
+
+FAILURES = (BlockError, VerificationError)
+"""Errors of a run that had begun; all others refuse it."""
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Whole numbers with commas between, like ``64,64,64``."""
+
+    name = "n,n,…"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            return tuple(map(int, parts if isinstance(parts, list | tuple) else [parts]))
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is no list of whole numbers like 64,64,64", param, ctx)
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    """Make the values of a config file the defaults, so that the command line wins."""
+    if path is not None:
+        arguments = {"source", "out", "config", "as_json"}
+        known = {p.name for p in ctx.command.params if p.name} - arguments
+        try:
+            ctx.default_map = load_config(path, known)
+        except CddError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+
+
+OPTIONS = (
+    click.option("--config", callback=_read_config, is_eager=True, expose_value=False,
+                 metavar="FILE", help="YAML file of these options; the command line wins."),
+    click.option("--min-scale", type=float, help="First scale edge in voxels.  [default: 1]"),
+    click.option("--max-scale", type=float,
+                 help="Largest scale in voxels.  [default: half of the largest axis]"),
+    click.option("--num-channels", type=int,
+                 help="Number of channels (log mode); decides the edges instead of --max-scale."),
+    click.option("--mode", type=click.Choice(MODES), default="log", show_default=True,
+                 help="Spacing of the scale edges."),
+    click.option("--log-scale-base", type=float, default=2.0, show_default=True,
+                 help="Ratio of an edge to the one before (log mode)."),
+    click.option("--linear-scale-step", type=float,
+                 help="Distance of an edge to the one before in voxels (lin mode)."),
+    click.option("--e-rel", type=float, default=3e-2, show_default=True,
+                 help="Largest relative step in time; part of the method's definition."),
+    click.option("--constrained/--unconstrained", default=True, show_default=True,
+                 help="Whether the sign constraint is applied."),
+    click.option("--inverted/--not-inverted", default=False, show_default=True,
+                 help="Whether the constraint is inverted."),
+    click.option("--kernel", type=click.Choice(KERNELS), default="discrete", show_default=True,
+                 help="Smoothing kernel."),
+    click.option("--boundary", type=click.Choice(BOUNDARIES), default="reflect",
+                 show_default=True, help="Extension beyond the volume, as in scipy.ndimage."),
+    click.option("--cval", type=float, default=0.0, show_default=True,
+                 help="Value beyond the volume for --boundary constant."),
+    click.option("--rtol", type=float, default=1e-3, show_default=True,
+                 help="Error allowed by cutting into blocks, relative to the field's range."),
+    click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True,
+                 help="Working type."),
+    click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True,
+                 help="What computes a block."),
+    click.option("--device", help="Device of the torch engine: cpu, cuda, cuda:1, mps."),
+    click.option("--memory", metavar="SIZE", help="What all tasks on this machine may hold "
+                 "together, like 500MB.  [default: half of what is free]"),
+    click.option("--block", type=Numbers(), help="Core of a block in voxels, one number or one "
+                 "per axis.  [default: the largest that --memory holds]"),
+    click.option("--executor", type=click.Choice(EXECUTORS), default="auto", show_default=True,
+                 help="What runs the blocks."),
+    click.option("--workers", type=int, help="Blocks computed at once.  [default: 1]"),
+    click.option("--scheduler", metavar="ADDRESS",
+                 help="A running Dask scheduler to use, like tcp://host:8786."),
+    click.option("--overwrite/--keep", default=False, show_default=True,
+                 help="Whether a decomposition that is at OUT is replaced."),
+    click.option("--progress/--quiet", default=True, show_default=True,
+                 help="Whether progress is shown."),
+)  # fmt: skip
+"""The options of `decompose` and `plan`, named as in the API."""
+
+
+def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cdd-dask")
+def cli() -> None:
+    """Constrained diffusion decomposition of volumes larger than memory."""
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out")
+@_with_options
+def decompose(source: str, out: str, scheduler: str | None, **options: Any) -> None:
+    """Split SOURCE (Zarr array, FITS, .npy) into its scales, in the Zarr store OUT."""
+    from cdd_dask.api import decompose as run
+
+    _log_lines(options["progress"])
+    result = run(source, out, client=_connect(scheduler), **_plain(options))
+    click.echo(result.table())
+    click.echo(f"\nfield = sum(channels) + residual, in {result.path}")
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_with_options
+def plan(source: str, scheduler: str | None, as_json: bool, **options: Any) -> None:
+    """What decompose would do with SOURCE, or with a volume of a shape like 512,512,512."""
+    from cdd_dask.api import plan as make
+
+    shape = source.replace("x", ",").split(",")
+    what = tuple(map(int, shape)) if all(part.strip().isdigit() for part in shape) else source
+    made = make(what, client=_connect(scheduler), **_plain(options))
+    click.echo(json.dumps(made.as_dict(), indent=2) if as_json else str(made))
+
+
+@cli.command()
+@click.argument("store")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--allow-incomplete", is_flag=True, help="Also look at an unfinished store.")
+def info(store: str, as_json: bool, allow_incomplete: bool) -> None:
+    """What the decomposition in STORE is and holds."""
+    from cdd_dask.decomposition import open_decomposition
+
+    result = open_decomposition(store, allow_incomplete=allow_incomplete)
+    finished = result.attrs["complete"]
+    if as_json:
+        names = ("name", "scale_from", "scale_to", "statistics")
+        outputs = [dict(zip(names, output, strict=True)) for output in result.outputs()]
+        if finished:
+            for output, share in zip(outputs, result.shares(), strict=True):
+                output["share"] = share
+        about = {"path": result.path, **result.attrs, "outputs": outputs}
+        click.echo(json.dumps(about, indent=2))
+        return
+    click.echo(repr(result))
+    if finished:
+        click.echo(f"\n{result.table()}")
+        click.echo(f"\nerror by blocks: {result.attrs['error']}, rtol {result.parameters.rtol:g}")
+
+
+@cli.command()
+@click.argument("store")
+@click.option("--source", help="What was decomposed.  [default: what the store remembers]")
+@click.option("--progress/--quiet", default=True, show_default=True,
+              help="Whether progress is shown.")  # fmt: skip
+def verify(store: str, source: str | None, progress: bool) -> None:
+    """Check that STORE is whole and that its channels and residual sum up to the source."""
+    from cdd_dask.verify import verify as check
+
+    _log_lines(progress)
+    click.echo(f"{check(store, source, progress=progress)}\n{store} is whole")
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the API takes them: one number for all axes is no tuple."""
+    block = options.pop("block")
+    return {**options, "block": block[0] if block is not None and len(block) == 1 else block}
+
+
+def _connect(scheduler: str | None) -> Any:
+    if scheduler is None:
+        return None
+    from distributed import Client
+
+    try:
+        return Client(scheduler, timeout="10s")
+    except (OSError, ValueError) as error:
+        problem = f"{scheduler} does not answer: {error}"
+        raise click.BadParameter(problem, param_hint="--scheduler") from error
+
+
+def _log_lines(progress: bool) -> None:
+    """Plain lines on standard error, where no progress bar is shown."""
+    from cdd_dask.progress import has_display
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("cdd_dask")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if progress and not has_display() else logging.WARNING)
+
+
+def main() -> None:
+    """Run the command, with our errors as one line and the exit status that fits."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: an output that was begun is left incomplete", err=True)
+        sys.exit(130)
+    except (CddError, FileNotFoundError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1 if isinstance(error, FAILURES) else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Config files: the options of the verbs, in YAML, under their API names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from cdd_dask.errors import InputError
+
+
+def load_config(path: str | Path, known: Collection[str]) -> dict[str, Any]:
+    """The options in a config file.
+
+    Parameters
+    ----------
+    path
+        A YAML file that maps option names (``max_scale``) to values; ``null`` is the default.
+    known
+        Names that mean something.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, is no such mapping, or names an unknown option.
+    """
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"config {path} cannot be read: {error}") from error
+    if options is None:
+        return {}
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise InputError(f"config {path} must map option names to values, for example max_scale: 8")
+    names = {key: key.replace("-", "_") for key in options}
+    unknown = [key for key, name in names.items() if name not in known]
+    if unknown:
+        raise InputError(
+            f"config {path} has the unknown option {unknown[0]!r}: choose from "
+            f"{', '.join(sorted(known))}"
+        )
+    return {names[key]: value for key, value in options.items() if value is not None}
