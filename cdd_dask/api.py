@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import fields
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from cdd_dask.decomposition import Decomposition
 from cdd_dask.errors import InputError, OutputAccessError
 from cdd_dask.executors import IN_PROCESS, start_executor
 from cdd_dask.output import check_output, output_address
-from cdd_dask.parameters import MAX_NDIM, Parameters
+from cdd_dask.parameters import MAX_NDIM, Parameters, check_count
 from cdd_dask.planner import make_plan
 from cdd_dask.plans import Plan, Volume
 from cdd_dask.progress import Progress
@@ -240,7 +239,7 @@ def plan(
     >>> import cdd_dask
     >>> made = cdd_dask.plan((512, 512, 512), max_scale=8, memory="500MB")
     >>> made.block, made.peak_memory < 500_000_000
-    ((192, 256, 256), True)
+    ((256, 256, 256), True)
     """
     arguments = locals()
     is_shape = isinstance(source_or_shape, tuple | list) and all(
@@ -281,9 +280,7 @@ def _block(block: Sequence[int] | int | None, ndim: int) -> tuple[int, ...] | No
     if block is None:
         return None
     sides = (block,) * ndim if isinstance(block, int) else tuple(block)
-    if any(isinstance(side, bool) or not isinstance(side, Integral) for side in sides):
-        raise InputError(f"block={block!r} must be a whole number or one per axis")
-    return tuple(map(int, sides))
+    return tuple(check_count("block", side) for side in sides)
 
 
 def _prepare(made: Plan, source: Source, address: str) -> str:

@@ -133,23 +133,27 @@ def largest_haloed_block(grid: Grid, depth: tuple[int, ...], boundary: str) -> i
     return total
 
 
-def wrapped_pieces(start: int, stop: int, size: int) -> list[tuple[slice, slice]]:
+def pieces(start: int, stop: int, size: int, unit: int) -> list[tuple[slice, slice]]:
     """Pairs (where in the range, where in the axis) that read ``start … stop`` modulo `size`.
+
+    No piece crosses a multiple of `unit`.
 
     Examples
     --------
-    >>> wrapped_pieces(-2, 3, 10)
+    >>> pieces(-2, 3, size=10, unit=10)
     [(slice(0, 2, None), slice(8, 10, None)), (slice(2, 5, None), slice(0, 3, None))]
+    >>> pieces(3, 7, size=10, unit=5)
+    [(slice(0, 2, None), slice(3, 5, None)), (slice(2, 4, None), slice(5, 7, None))]
     """
-    pieces = []
+    result = []
     position = start
     while position < stop:
         source = position % size
-        length = min(size - source, stop - position)
+        length = min(size - source, unit - source % unit, stop - position)
         at = position - start
-        pieces.append((slice(at, at + length), slice(source, source + length)))
+        result.append((slice(at, at + length), slice(source, source + length)))
         position += length
-    return pieces
+    return result
 
 
 def storage_chunks(grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:

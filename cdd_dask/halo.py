@@ -26,8 +26,13 @@ from numpy.typing import NDArray
 from cdd_dask.kernels import Kernel
 from cdd_dask.time_stepping import Steps
 
-ROUNDING = 1e-14
-"""Absolute error of a tail probability got by FFT, added so that the bound stays a bound."""
+
+def rounding(count: int) -> float:
+    """Absolute error of a tail probability got by FFT, added so that the bound stays a bound.
+
+    It grows with the number of steps, the power to which a spectrum near 1 is raised.
+    """
+    return 1e-14 * max(1.0, count / 100)
 
 
 @lru_cache(maxsize=256)
@@ -44,7 +49,7 @@ def tail_probability(kernel: Kernel, count: int) -> NDArray[np.float64]:
     Returns
     -------
     ndarray
-        Shape ``(h_max + 1,)``; beyond it the probability is below `ROUNDING`.
+        Shape ``(h_max + 1,)``; beyond it the probability is below `rounding`.
     """
     from scipy.fft import irfft, next_fast_len, rfft
 
@@ -71,7 +76,7 @@ def error_bound(steps: Steps, depth: tuple[int, ...]) -> float:
     for kernel, h, reach in zip(steps.kernels, depth, steps.reach, strict=True):
         if h < reach:
             tails = tail_probability(kernel, steps.count)
-            total += 4 * ((tails[h] if h < len(tails) else 0.0) + ROUNDING)
+            total += 4 * ((tails[h] if h < len(tails) else 0.0) + rounding(steps.count))
     return total
 
 
@@ -99,7 +104,7 @@ def halo_depth(steps: Steps, rtol: float, passes: int) -> tuple[int, ...]:
     >>> halo_depth(first, 1e-3, 2), halo_depth(first, 0.0, 2)
     ((5, 5, 5), (66, 66, 66))
     """
-    allowed = rtol / (2 * passes) / (4 * len(steps.kernels)) - ROUNDING
+    allowed = rtol / (2 * passes) / (4 * len(steps.kernels)) - rounding(steps.count)
     depths = []
     for kernel, reach in zip(steps.kernels, steps.reach, strict=True):
         tails = tail_probability(kernel, steps.count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from pathlib import Path
 
@@ -13,6 +15,9 @@ TASK_OVERHEAD = 6_000_000
 """Bytes that a task holds besides its arrays: buffers of the I/O pool and small objects."""
 CHUNKS_IN_FLIGHT = 10
 """Inner chunks that Zarr decodes at once (its setting ``async.concurrency``)."""
+
+_M_MMAP_THRESHOLD = -3
+"""Number of glibc's `mallopt` setting (malloc.h)."""
 
 
 def available_memory() -> int:
@@ -34,6 +39,16 @@ def available_memory() -> int:
         if limit.strip().isdigit():
             available = min(available, max(0, int(limit) - int(usage)))
     return available
+
+
+def return_freed_memory() -> None:
+    """Have the C library give memory back to the system when an array is freed.
+
+    glibc otherwise keeps freed arrays of up to 32 MB in its arenas, one per thread, and a
+    process comes to hold several times what it uses.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 128 << 10)
 
 
 def byte_count(name: str, value: int | float | str) -> int:
@@ -89,24 +104,19 @@ def task_peak(
     diffusing it while the core's start is kept, and encoding a core to write it.
     """
     haloed = largest_haloed_block(grid, depth, boundary)
-    core = math.prod(grid.block)
+    core = math.prod(grid.block) * itemsize
     shard, chunk = storage_chunks(grid)
-    encoded = math.prod(shard) * itemsize
-    reading = haloed * (itemsize + source_itemsize)
-    if source_chunk is None:
-        source_chunk, source_itemsize = chunk, itemsize
-    # a chunk is held encoded and decoded while its part of the block is copied out
-    reading += 2 * source_itemsize * _voxels_in_flight(grid.shape, source_chunk)
-    diffusing = haloed * footprint.host + core * itemsize
-    # the field with its halo, the channel, and the shard encoded and then joined
-    writing = haloed * itemsize + core * itemsize + 2 * encoded
+    # one shard is read at a time: its chunks encoded, some of them decoded
+    fetching = math.prod(shard) * itemsize + CHUNKS_IN_FLIGHT * math.prod(chunk) * itemsize
+    if source_chunk is not None:
+        count = math.prod(-(-n // c) for n, c in zip(grid.shape, source_chunk, strict=True))
+        in_flight = min(CHUNKS_IN_FLIGHT, count) * math.prod(source_chunk)
+        fetching = max(fetching, 2 * in_flight * source_itemsize)
+    reading = haloed * (itemsize + source_itemsize) + fetching
+    diffusing = haloed * footprint.host + core
+    # the field with its halo, its core, the channel, and the shard encoded and then joined
+    writing = haloed * itemsize + 2 * core + 2 * math.prod(shard) * itemsize
     return max(reading, diffusing, writing) + TASK_OVERHEAD
-
-
-def _voxels_in_flight(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
-    """Voxels of the chunks that are decoded at once."""
-    chunks = math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
-    return min(CHUNKS_IN_FLIGHT, chunks) * math.prod(chunk)
 
 
 def device_peak(grid: Grid, depth: tuple[int, ...], boundary: str, footprint: Footprint) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 from cdd_dask.errors import InputError
@@ -81,8 +82,8 @@ class Parameters:
         bound = f"> {above:g}" if above > -math.inf else f">= {at_least:g}"
         try:
             number = float(value)
-        except (TypeError, ValueError):
-            raise InputError(f"{name}={value!r} is not a number") from None
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(f"{name}={value!r} is no number") from None
         if isinstance(value, bool | str) or not math.isfinite(number):
             raise InputError(f"{name}={value!r} must be a finite number")
         if number <= above or number < at_least:
@@ -105,11 +106,7 @@ class Parameters:
                 "give log_scale_base, or mode='lin'"
             )
         if count is not None:
-            if isinstance(count, bool) or int(count) != count:
-                raise InputError(f"num_channels={count!r} must be a whole number >= 1")
-            if count < 1:
-                raise InputError(f"num_channels={count!r} must be >= 1")
-            object.__setattr__(self, "num_channels", int(count))
+            object.__setattr__(self, "num_channels", check_count("num_channels", count))
         low = 1.0 if self.min_scale is None else self.min_scale
         if self.max_scale is not None and self.max_scale <= low:
             raise InputError(
@@ -131,6 +128,13 @@ class Parameters:
     def as_dict(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""
         return asdict(self)
+
+
+def check_count(name: str, value: Any) -> int:
+    """The `value` of the argument `name`, which must be a whole number of at least 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name}={value!r} must be a whole number >= 1")
+    return int(value)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

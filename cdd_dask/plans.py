@@ -212,7 +212,7 @@ def format_seconds(seconds: float) -> str:
     Examples
     --------
     >>> format_seconds(0.4), format_seconds(75), format_seconds(7300)
-    ('0.4 s', '1 min 15 s', '2 h 2 min')
+    ('0.4 s', '1 min 15 s', '2 h 1 min')
     """
     if seconds < 10:
         return f"{seconds:.1f} s"

@@ -9,7 +9,7 @@ from cdd_dask.engines import load_engine
 from cdd_dask.errors import DeviceError, InputError
 from cdd_dask.executors import EXECUTORS, IN_PROCESS
 from cdd_dask.memory import available_memory, byte_count
-from cdd_dask.parameters import Parameters, check_choice
+from cdd_dask.parameters import Parameters, check_choice, check_count
 from cdd_dask.plans import Resources
 
 BASELINE = 140_000_000
@@ -62,14 +62,12 @@ def resolve_resources(
 
 def _executor_name(executor: str, workers: int | None, client: Any, in_memory: bool) -> str:
     check_choice("executor", executor, EXECUTORS)
-    if workers is not None and (isinstance(workers, bool) or int(workers) != workers):
-        raise InputError(f"workers={workers!r} must be a whole number >= 1")
-    if workers is not None and workers < 1:
-        raise InputError(f"workers={workers!r} must be >= 1")
+    if workers is not None:
+        check_count("workers", workers)
     if executor == "auto":
         several = "threads" if in_memory else "distributed"
-        executor = "distributed" if client is not None else several if workers and workers > 1 \
-            else "serial"  # fmt: skip
+        chosen = several if workers is not None and workers > 1 else "serial"
+        executor = "distributed" if client is not None else chosen
     if client is not None and executor != "distributed":
         raise InputError(f"client is given, but executor={executor!r}: leave one of them out")
     if client is not None and workers is not None:

@@ -46,14 +46,20 @@ def scale_edges(parameters: Parameters, shape: tuple[int, ...]) -> tuple[float, 
             f"min_scale={low:g}: give a smaller min_scale, a max_scale or num_channels"
         )
     step, base = parameters.linear_scale_step, parameters.log_scale_base
+    # the margin keeps an edge that falls on max_scale but for rounding
     if step is not None:  # mode="lin"
-        count = math.floor((high - low) / step) + 1
+        intervals = (high - low) / step * (1 + 1e-9)
     else:
-        # the margin keeps an edge that falls on max_scale but for rounding
-        count = math.floor(math.log(high * (1 + 1e-9) / low) / math.log(base)) + 1
-        count = parameters.num_channels or count
+        intervals = (math.log(high * (1 + 1e-9)) - math.log(low)) / math.log(base)
+    if parameters.num_channels is not None:
+        count = parameters.num_channels
+    else:
+        count = math.floor(min(intervals, MOST_CHANNELS)) + 1
     if count > MOST_CHANNELS:
-        raise InputError(f"{count} channels: at most {MOST_CHANNELS}; space the scale edges wider")
+        raise InputError(
+            f"more than {MOST_CHANNELS} channels: space the scale edges wider (raise min_scale, "
+            "log_scale_base or linear_scale_step) or lower num_channels"
+        )
     if step is not None:
         edges = tuple(low + i * step for i in range(count))
     elif (count - 1) * math.log(base) + math.log(low) > math.log(LARGEST_EDGE):

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdd_dask.blocks import Grid, Region, storage_chunks, wrapped_pieces
+from cdd_dask.blocks import Grid, Region, storage_chunks
 from cdd_dask.errors import StoreError
+from cdd_dask.readers.regions import read_region
 
 if TYPE_CHECKING:
     import zarr
@@ -206,24 +207,7 @@ def remove_working_field(address: str, k: int) -> None:
 
 def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
     """The values of `region`, which may run beyond the array and is then read modulo its shape."""
-    array = _open_array(address, path)
-    return read_wrapped(lambda inside: np.asarray(array[inside]), array.shape, region)
-
-
-def read_wrapped(read: Any, shape: tuple[int, ...], region: Region) -> NDArray[Any]:
-    """What `read` gives for `region`, taken modulo `shape` where it runs beyond the volume."""
-    if all(0 <= s.start and s.stop <= n for s, n in zip(region, shape, strict=True)):
-        values: NDArray[Any] = read(region)
-        return values
-    result: NDArray[Any] | None = None
-    pieces = [wrapped_pieces(s.start, s.stop, n) for s, n in zip(region, shape, strict=True)]
-    for piece in itertools.product(*pieces):
-        values = read(tuple(source for _, source in piece))
-        if result is None:
-            result = np.empty([s.stop - s.start for s in region], values.dtype)
-        result[tuple(target for target, _ in piece)] = values
-    assert result is not None  # no region is empty
-    return result
+    return read_region(_open_array(address, path), region)
 
 
 def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> None:

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask import store
-from cdd_dask.blocks import Grid, HaloedBlock, Region, haloed_block
+from cdd_dask.blocks import Grid, HaloedBlock, haloed_block
 from cdd_dask.engines import Diffusion, Engine, load_engine
 from cdd_dask.errors import BlockError
+from cdd_dask.memory import return_freed_memory
 from cdd_dask.parameters import Parameters
-from cdd_dask.readers import NonFiniteError, Source, open_source, read_finite
+from cdd_dask.readers import NonFiniteError, open_source, read_finite
 from cdd_dask.statistics import Statistics
 from cdd_dask.time_stepping import Steps, channel_steps
 
@@ -109,6 +110,7 @@ def _reason(error: BaseException) -> str:
 
 @lru_cache(maxsize=4)
 def _load_job(address: str, run: str) -> _Job:
+    return_freed_memory()
     attributes: Any = store.open_root(address).attrs[store.KEY]
     if attributes["run"] != run:
         raise BlockError(f"the store at {address} belongs to another run by now")
@@ -166,17 +168,8 @@ def _read(job: _Job, task: Task, block: HaloedBlock) -> NDArray[Any]:
     stage, dtype = task.stages[0], job.parameters.dtype
     if not job.has_source(stage):
         return store.read_block(task.address, store.field_path(stage - 1), block.outer)
-    source = _open_source(job.source)
-
-    def read(region: Region) -> NDArray[Any]:
-        return read_finite(source, region, dtype)
-
-    return store.read_wrapped(read, source.shape, block.outer)
-
-
-def _open_source(address: str) -> Source:
     # opened for every task: a handle that outlives one is state that a retry would inherit
-    return open_source(address)
+    return read_finite(open_source(job.source), block.outer, dtype)
 
 
 def _diffuse(job: _Job, k: int, field: NDArray[Any], block: HaloedBlock) -> NDArray[Any]:

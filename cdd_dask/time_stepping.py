@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cdd_dask.errors import InputError
 from cdd_dask.kernels import Kernel, smoothing_kernel
 from cdd_dask.parameters import Parameters
+
+MOST_STEPS = 1_000_000
+"""Largest number of steps accepted for one channel."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ def channel_steps(parameters: Parameters, edges: tuple[float, ...], ndim: int) -
     ndim
         Number of axes of the volume.
 
+    Raises
+    ------
+    InputError
+        If a channel would take more than a million steps.
+
     Examples
     --------
     >>> steps = channel_steps(Parameters(), (1.0, 2.0, 4.0), ndim=3)
@@ -51,7 +60,13 @@ def channel_steps(parameters: Parameters, edges: tuple[float, ...], ndim: int) -
     for edge in edges:
         time = edge**2 / 2
         dt_max = parameters.e_rel * (before or time)
-        count = max(1, int((time - before) / dt_max + 0.5))
+        wanted = (time - before) / dt_max if dt_max > 0 else math.inf
+        if wanted > MOST_STEPS:
+            raise InputError(
+                f"e_rel={parameters.e_rel:g} asks for more than {MOST_STEPS} steps for the channel "
+                f"that ends at scale {edge:g}: raise e_rel, or space the scale edges closer"
+            )
+        count = max(1, int(wanted + 0.5))
         sigma = math.sqrt(2 * (time - before) / count)
         steps.append(Steps(count, (smoothing_kernel(parameters.kernel, sigma),) * ndim))
         before = time

@@ -18,7 +18,7 @@ from scipy.special import erfc
 from cdd_dask.boundaries import CUT
 from cdd_dask.engines.base import Diffusion
 from cdd_dask.engines.reference import ReferenceEngine
-from cdd_dask.halo import ROUNDING, error_bound, halo_depth, tail_probability
+from cdd_dask.halo import error_bound, halo_depth, rounding, tail_probability
 from cdd_dask.kernels import Kernel, smoothing_kernel
 from cdd_dask.parameters import Parameters
 from cdd_dask.time_stepping import Steps, channel_steps
@@ -57,16 +57,16 @@ def exact_tails(kernel: Kernel, count: int) -> Field:
     [(0.174, 1), (0.174, 33), (0.35, 100), (0.69, 100), (2.77, 30), (0.0316, 1000), (0.0174, 3333)],
 )
 def test_tails_against_brute_force(kind: str, sigma: float, count: int):
-    """The FFT loses no more than `ROUNDING`, which the bound adds; so the bound stays a bound.
+    """The FFT loses no more than `rounding`, which the bound adds; so the bound stays a bound.
 
     The last two are the first channels of ``e_rel=1e-3`` and ``3e-4``.
     """
     kernel = smoothing_kernel(kind, sigma)
     tails, exact = tail_probability(kernel, count), exact_tails(kernel, count)
     assert len(tails) <= len(exact) == count * kernel.radius
-    assert (exact[: len(tails)] <= tails + ROUNDING).all()
-    assert (tails <= exact[: len(tails)] + 10 * ROUNDING).all()
-    assert (exact[len(tails) :] <= ROUNDING).all()
+    assert (exact[: len(tails)] <= tails + rounding).all()
+    assert (tails <= exact[: len(tails)] + 10 * rounding(count)).all()
+    assert (exact[len(tails) :] <= rounding(count)).all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
@@ -78,7 +78,7 @@ def test_tails_of_a_coin(count: int):
     tails = tail_probability(Kernel(math.sqrt(0.5), (0.25,)), count)
     binomials = [math.comb(2 * count, j) for j in range(2 * count + 1)]
     exact = [sum(binomials[count + k :]) / 4**count for k in range(1, count + 1)]
-    assert tails == pytest.approx(exact, rel=1e-13, abs=ROUNDING)
+    assert tails == pytest.approx(exact, rel=1e-13, abs=rounding(count))
 
 
 def test_small_steps_have_heavy_tails():
@@ -108,7 +108,9 @@ def test_large_scales_reach_the_gaussian_limit(sigma: float, count: int, within:
 def test_depth_grows_as_the_tolerance_falls(steps: Steps):
     """A deeper halo never promises less; the depth runs from 0 to ``n * r``, never beyond."""
     bounds = [error_bound(steps, (h,)) for h in range(steps.reach[0] + 2)]
-    assert all(deeper <= shallower + 4 * ROUNDING for shallower, deeper in pairwise(bounds))
+    assert all(
+        deeper <= shallower + 4 * rounding(steps.count) for shallower, deeper in pairwise(bounds)
+    )
     assert bounds[-2:] == [0.0, 0.0]
     depths = [halo_depth(steps, rtol, 3)[0] for rtol in (100, 1e-2, 1e-4, 1e-8, 1e-12, 1e-200)]
     assert depths == sorted(depths)
@@ -182,7 +184,7 @@ def beyond_reach(steps: Steps) -> int:
 def per_face(steps: Steps, size: int) -> Field:
     """``2 P(X_n >= h + 1)`` for ``h = 0 … size - 1``."""
     tails = tail_probability(steps.kernels[0], steps.count)[:size]
-    return 2 * (np.pad(tails, (0, size - len(tails))) + ROUNDING)
+    return 2 * (np.pad(tails, (0, size - len(tails))) + rounding(steps.count))
 
 
 @pytest.mark.parametrize("constraint", ["constrained", "inverted", "unconstrained"])

@@ -56,6 +56,7 @@ def test_defaults():
         ({"max_scale": 15.999}, (1.0, 2.0, 4.0, 8.0)),
         ({"max_scale": 16}, OCTAVES),
         ({"max_scale": 0.9, "min_scale": 0.1, "log_scale_base": 3}, (0.1, 0.3, 0.9)),
+        ({"max_scale": 1000, "log_scale_base": 10}, (1.0, 10.0, 100.0, 1000.0)),
         ({"num_channels": 3}, (1.0, 2.0, 4.0)),
         ({"num_channels": 3, "max_scale": 100}, (1.0, 2.0, 4.0)),
         ({"num_channels": 1}, (1.0,)),

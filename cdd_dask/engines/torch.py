@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,16 +48,18 @@ class TorchEngine(Engine):
         if field.dtype == np.float64 and self.device.startswith("mps"):
             raise DeviceError('device="mps" has no float64: use dtype="float32" or device="cpu"')
         with torch.inference_mode():
-            # non-native strides or byte order never get here: a task hands over plain arrays
             values = torch.from_numpy(field).to(self.device)
+            work = _Workspace(values, diffusion)
             for _ in range(diffusion.steps.count):
-                values = _constrain(values, _smooth(values, diffusion), diffusion.constraint)
-            result: NDArray[Any] = values.cpu().numpy()
+                work.smooth()
+                work.constrain()
+            result: NDArray[Any] = work.field.cpu().numpy()
             return result
 
     def footprint(self, itemsize: int) -> Footprint:
-        # the field, its extended copy, the sum, two differences and what the allocator rounds up
-        work = 6 * itemsize
+        # the field, its smoothed copy, two differences, the extended copy (up to twice a
+        # block), masks and what the allocator rounds up
+        work = 7 * itemsize
         on_host = self.device == "cpu"
         return Footprint(host=work if on_host else 2 * itemsize, device=0 if on_host else work)
 
@@ -102,60 +105,114 @@ def check_device(device: str | None) -> str:
     return wanted
 
 
-def _smooth(values: torch.Tensor, diffusion: Diffusion) -> torch.Tensor:
-    """``S = G_sigma * I``, one axis after the other."""
-    for axis, (kernel, rules) in enumerate(
-        zip(diffusion.steps.kernels, diffusion.faces, strict=True)
-    ):
-        values = _smooth_axis(values, axis, kernel, rules, diffusion.cval)
-    return values
+class _Workspace:
+    """A block on the device and the buffers that all its steps share."""
 
+    def __init__(self, field: torch.Tensor, diffusion: Diffusion) -> None:
+        import torch
 
-def _smooth_axis(
-    values: torch.Tensor, axis: int, kernel: Kernel, rules: tuple[str, str], cval: float
-) -> torch.Tensor:
-    import torch
+        self.field, self._diffusion = field, diffusion
+        self._smooth, self._left, self._right = (torch.empty_like(field) for _ in range(3))
+        self._parts = [
+            _parts(field.shape, axis, kernel.radius)
+            for axis, kernel in enumerate(diffusion.steps.kernels)
+        ]
+        self._extended = field.new_empty(
+            max(
+                field[parts[0]].numel() // size * (size + 2 * kernel.radius)
+                for parts, size, kernel in zip(
+                    self._parts, field.shape, diffusion.steps.kernels, strict=True
+                )
+            )
+        )
+        self._edges = [
+            [
+                _index(rule, size, start, start + kernel.radius, field.device)
+                for rule, start in zip(rules, (-kernel.radius, size), strict=True)
+            ]
+            for size, kernel, rules in zip(
+                field.shape, diffusion.steps.kernels, diffusion.faces, strict=True
+            )
+        ]
 
-    size, radius = values.shape[axis], kernel.radius
-    if radius == 0:
-        return values
-    low = extension_index(rules[0], size, -radius, 0)
-    high = extension_index(rules[1], size, size, size + radius)
-    extended = torch.cat(
-        [_take(values, axis, low, cval), values, _take(values, axis, high, cval)], dim=axis
-    )
-    del values
-    centre = extended.narrow(axis, radius, size)
-    total = torch.zeros_like(centre, memory_format=torch.contiguous_format)
-    for distance, weight in enumerate(kernel.wings, start=1):
-        pair = extended.narrow(axis, radius - distance, size) - centre
-        pair += extended.narrow(axis, radius + distance, size) - centre
-        # multiplied first, added after: a fused multiply-add would make the last bit depend
-        # on where in the array a voxel lies
-        pair *= weight
-        total += pair
-    total += centre
-    return total
+    def smooth(self) -> None:
+        """``S = G_sigma * I``, one axis after the other."""
+        values = self.field
+        for axis, kernel in enumerate(self._diffusion.steps.kernels):
+            for part in self._parts[axis]:
+                self._smooth_part(values[part], part, axis, kernel)
+            values = self._smooth
 
+    def _smooth_part(
+        self, values: torch.Tensor, part: tuple[slice, ...], axis: int, kernel: Kernel
+    ) -> None:
+        import torch
 
-def _take(values: torch.Tensor, axis: int, index: NDArray[np.intp], cval: float) -> torch.Tensor:
-    """The slices of `values` at `index` along `axis`, `cval` where that is `OUTSIDE`."""
-    import torch
+        size, radius = values.shape[axis], kernel.radius
+        extended = self._extend(values, axis, radius)
+        centre = extended.narrow(axis, radius, size)
+        difference, other = self._left[part], self._right[part]
+        total = self._smooth[part].zero_()
+        for distance, weight in enumerate(kernel.wings, start=1):
+            torch.sub(extended.narrow(axis, radius - distance, size), centre, out=difference)
+            torch.sub(extended.narrow(axis, radius + distance, size), centre, out=other)
+            # multiplied first, added after: a fused multiply-add could make the last bit
+            # depend on where in the array a voxel lies
+            total += difference.add_(other).mul_(weight)
+        total += centre
 
-    if (index == OUTSIDE).all():
+    def _extend(self, values: torch.Tensor, axis: int, radius: int) -> torch.Tensor:
+        """`values` with `radius` more slices at both ends of `axis`, by the faces' rules."""
+        size = values.shape[axis]
         shape = list(values.shape)
-        shape[axis] = len(index)
-        return values.new_full(shape, cval)
-    return values.index_select(axis, torch.from_numpy(index).to(values.device))
+        shape[axis] = size + 2 * radius
+        extended = self._extended[: math.prod(shape)].view(shape)
+        extended.narrow(axis, radius, size).copy_(values)
+        for index, start in zip(self._edges[axis], (0, radius + size), strict=True):
+            edge = extended.narrow(axis, start, radius)
+            if index is None:
+                edge.fill_(self._diffusion.cval)
+            else:
+                edge.copy_(values.index_select(axis, index))
+        return extended
+
+    def constrain(self) -> None:
+        """Move the field to its smoothed copy as far as the sign constraint lets it."""
+        import torch
+
+        field, smooth, constraint = self.field, self._smooth, self._diffusion.constraint
+        if constraint == "unconstrained":
+            field.copy_(smooth)
+            return
+        lower = torch.minimum(field, smooth, out=self._left)
+        upper = torch.maximum(field, smooth, out=self._right)
+        if constraint == "inverted":
+            lower, upper = upper, lower
+        negative = torch.where(field < 0, upper, field, out=smooth)
+        torch.where(field > 0, lower, negative, out=field)
 
 
-def _constrain(field: torch.Tensor, smooth: torch.Tensor, constraint: str) -> torch.Tensor:
-    """`field` moved to `smooth` as far as the sign constraint lets it."""
+def _parts(shape: tuple[int, ...], axis: int, radius: int) -> list[tuple[slice, ...]]:
+    """Parts of a block to smooth along `axis` in turn, so that no extended copy exceeds twice it.
+
+    One part, unless the axis is shorter than the kernel; then it is cut along the longest other.
+    """
+    widening = (shape[axis] + 2 * radius) / shape[axis]
+    other = max((a for a in range(len(shape)) if a != axis), key=lambda a: shape[a], default=axis)
+    length = shape[other] if other == axis else max(1, int(shape[other] * min(1, 2 / widening)))
+    return [
+        (slice(None),) * other + (slice(start, start + length),)
+        for start in range(0, shape[other], length)
+    ]
+
+
+def _index(
+    rule: str, size: int, start: int, stop: int, device: torch.device
+) -> torch.Tensor | None:
+    """Where the slices beyond an edge come from; None where they are `cval`."""
     import torch
 
-    if constraint == "unconstrained":
-        return smooth
-    lower, upper = torch.minimum(field, smooth), torch.maximum(field, smooth)
-    if constraint == "inverted":
-        lower, upper = upper, lower
-    return torch.where(field > 0, lower, torch.where(field < 0, upper, field))
+    index = extension_index(rule, size, start, stop)
+    if len(index) and index[0] == OUTSIDE:  # beyond a constant face everything is
+        return None
+    return torch.from_numpy(index).to(device)

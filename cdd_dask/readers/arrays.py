@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cdd_dask.blocks import Region
 from cdd_dask.errors import InputError, SourceReadError
 from cdd_dask.readers.base import Source
+from cdd_dask.readers.regions import read_region
 
 _numbers = itertools.count()
 _sources: weakref.WeakValueDictionary[str, Source] = weakref.WeakValueDictionary()
@@ -47,9 +48,6 @@ def open_array(array: Any) -> Source:
     elif not hasattr(array, "__array__") or not hasattr(array, "shape"):
         array = np.asarray(array)
 
-    def read(region: Region) -> NDArray[Any]:
-        return np.asarray(array[region])
-
     source = Source(
         description=f"a {kind} array" if kind != "builtins" else "a list of numbers",
         address=f"object:{next(_numbers)}",
@@ -57,7 +55,7 @@ def open_array(array: Any) -> Source:
         is_zarr=False,
         shape=tuple(map(int, array.shape)),
         dtype=np.dtype(array.dtype),
-        read=read,
+        read=partial(read_region, array),
         dimension_names=names,
     )
     _sources[source.address] = source
@@ -97,5 +95,5 @@ def open_npy(path: Path) -> Source:
         is_zarr=False,
         shape=mapped.shape,
         dtype=mapped.dtype,
-        read=lambda region: np.asarray(mapped[region]),
+        read=partial(read_region, mapped),
     )

@@ -37,7 +37,7 @@ class Source:
     dtype: np.dtype[Any]
     """Type as stored, of any byte order."""
     read: Callable[[Region], NDArray[Any]]
-    """The values of a region, in the source's dtype."""
+    """The values of a region, modulo the shape, in the source's dtype."""
     dimension_names: tuple[str, ...] | None = None
     """Names of the axes, where the source knows them."""
     chunk: tuple[int, ...] | None = None

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cdd_dask.blocks import Region
 from cdd_dask.errors import MissingDependencyError, SourceReadError
 from cdd_dask.readers.base import Source
+from cdd_dask.readers.regions import read_region
 
 AXIS_NAMES = {
     "RA": "x", "GLON": "x", "DEC": "y", "GLAT": "y",
@@ -66,7 +67,7 @@ def open_fits(path: Path) -> Source:
     plain = (scale, zero, blank) == (1, 0, None)
 
     def read(region: Region) -> NDArray[Any]:
-        values: NDArray[Any] = np.asarray(mapped[region])
+        values = read_region(mapped, region)
         if plain:
             return values
         scaled = values * np.float64(scale) + np.float64(zero)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from cdd_dask.errors import InputError, SourceNotFoundError, SourceReadError
 from cdd_dask.readers.base import Source
+from cdd_dask.readers.regions import read_region
 
 if TYPE_CHECKING:
     import zarr
@@ -67,7 +69,7 @@ def zarr_source(array: zarr.Array[Any], address: str | None = None) -> Source:
         is_zarr=True,
         shape=array.shape,
         dtype=np.dtype(array.dtype),
-        read=lambda region: np.asarray(array[region]),
+        read=partial(read_region, array),
         chunk=tuple(array.chunks),
         dimension_names=tuple(map(str, names)) if names is not None and known else None,
     )
