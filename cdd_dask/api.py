@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -279,7 +279,7 @@ def _block(block: Sequence[int] | int | None, ndim: int) -> tuple[int, ...] | No
     """The core shape meant by the argument `block`."""
     if block is None:
         return None
-    sides = (block,) * ndim if isinstance(block, int) else tuple(block)
+    sides = tuple(block) if isinstance(block, Iterable) else (block,) * ndim
     return tuple(check_count("block", side) for side in sides)
 
 

@@ -62,7 +62,7 @@ def byte_count(name: str, value: int | float | str) -> int:
     from dask.utils import parse_bytes
 
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or value == "":
             raise ValueError
         count = parse_bytes(value) if isinstance(value, str) else int(value)
     except (ValueError, TypeError, OverflowError):

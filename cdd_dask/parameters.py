@@ -132,7 +132,7 @@ class Parameters:
 
 def check_count(name: str, value: Any) -> int:
     """The `value` of the argument `name`, which must be a whole number of at least 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InputError(f"{name}={value!r} must be a whole number >= 1")
     return int(value)
 

@@ -35,9 +35,10 @@ FIELDS = ("lognormal", "spikes", "step", "ramp")
 
 @st.composite
 def cuts(draw: st.DrawFn, shapes: st.SearchStrategy = SHAPES) -> tuple[Any, Any]:
-    """A shape and a block, both with at most 30 blocks, so that a case takes a moment."""
+    """A shape, and a block of which a few fill it, so that a case takes a moment."""
     shape = draw(shapes)
-    return shape, tuple(draw(st.integers(max(1, -(-n // 5)), n)) for n in shape)
+    most = {1: 6, 2: 3, 3: 2}[len(shape)]
+    return shape, tuple(draw(st.integers(-(-n // most), n)) for n in shape)
 
 
 @st.composite
@@ -67,8 +68,10 @@ def field_of(kind: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32
 
 def extent(field: NDArray[Any], options: dict[str, Any]) -> float:
     """The field's range, what lies beyond its edge included."""
-    beyond = [options["cval"]] if options.get("boundary") == "constant" else []
-    return float(max(field.max(), *beyond) - min(field.min(), *beyond))
+    values = [field.min(), field.max()]
+    if options["boundary"] == "constant":
+        values.append(options["cval"])
+    return float(max(values) - min(values))
 
 
 ROUNDING = 1e-6
@@ -165,8 +168,8 @@ def test_strict_halos_give_the_same_bits(
 ):
     """``rtol=0``: every choice of blocks, and none, gives the same bits, whatever the signs.
 
-    The blocks' reach of 27 + 63 steps leaves most of the 700 voxels out, so they really are
-    computed from different data.
+    Their halos of 40 and 120 voxels leave much of the 700 out, so blocks really are computed
+    from different data.
     """
     field = lognormal((700, 3), seed=1) - 1
     options = {"max_scale": 2, "e_rel": 0.05, "rtol": 0, "boundary": boundary, "cval": 0.3}
@@ -177,7 +180,7 @@ def test_strict_halos_give_the_same_bits(
         assert largest < 0.75 * field.size
         assert all(stage.error == "exact" for stage in plan.stages)
     whole = outputs(field, block=(700, 3), **options)
-    for block in [(150, 3), (97, 3), (233, 2)]:
+    for block in [(150, 3), (97, 2)]:
         assert np.array_equal(outputs(field, block=block, **options), whole)
 
 

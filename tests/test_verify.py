@@ -1,0 +1,68 @@
+"""`verify` finds what is wrong with a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+import cdd_dask
+from cdd_dask.errors import InputError, VerificationError
+from cdd_dask.verify import verify
+
+SHAPE = (20, 30)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, Path]:
+    """A source and its decomposition in 6 blocks."""
+    source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
+    np.save(source, np.random.default_rng(0).lognormal(size=SHAPE).astype("f4"))
+    cdd_dask.decompose(source, out, max_scale=4, block=(10, 10), progress=False)
+    return source, out
+
+
+def test_a_sound_store_passes(made: tuple[Path, Path]):
+    """The error is measured, in units in the last place."""
+    found = verify(made[1], progress=False)
+    assert 0 <= found.worst_ulp <= 4
+    assert len(found.where) == 2
+
+
+def test_a_changed_voxel_is_named(made: tuple[Path, Path]):
+    """The worst voxel's place and error are in the message."""
+    array = zarr.open_array(made[1] / "channel_01/scale0/image", mode="r+")
+    array[13, 27] += 0.5
+    with pytest.raises(VerificationError, match=r"0\.5.*\(13, 27\)"):
+        verify(made[1], progress=False)
+
+
+def test_a_missing_shard_is_named(made: tuple[Path, Path]):
+    """A deleted file reads as zeros: it is looked for before anything is read."""
+    (made[1] / "channel_02/scale0/image/c/1/2").unlink()
+    with pytest.raises(VerificationError, match=r"channel_02 lacks 1 "):
+        verify(made[1], progress=False)
+
+
+def test_a_flipped_bit_is_named(made: tuple[Path, Path]):
+    """The checksum of a chunk tells; the message names the block."""
+    shard = made[1] / "residual/scale0/image/c/0/1"
+    data = bytearray(shard.read_bytes())
+    data[20] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(VerificationError, match=r"block 1.*checksum"):
+        verify(made[1], progress=False)
+
+
+def test_the_source_must_be_known_and_match(made: tuple[Path, Path], tmp_path: Path):
+    """An array in memory has to be given again, and another shape is refused."""
+    field = np.load(made[0])
+    out = tmp_path / "from_memory.zarr"
+    cdd_dask.decompose(field, out, max_scale=4, progress=False)
+    with pytest.raises(InputError, match="--source"):
+        verify(out, progress=False)
+    assert verify(out, field, progress=False).worst_ulp <= 4
+    with pytest.raises(InputError, match="shape"):
+        verify(out, field[1:], progress=False)
