@@ -9,17 +9,28 @@ if TYPE_CHECKING:
     from cdd_dask.api import decompose, plan
     from cdd_dask.decomposition import Decomposition, open_decomposition
     from cdd_dask.plans import Plan
+    from cdd_dask.verification import Verification, verify
 
 __version__ = "0.1.0"
 
-__all__ = ["Decomposition", "Plan", "decompose", "open_decomposition", "plan"]
+__all__ = [
+    "Decomposition",
+    "Plan",
+    "Verification",
+    "decompose",
+    "open_decomposition",
+    "plan",
+    "verify",
+]
 
 _HOME = {
     "Decomposition": "decomposition",
     "Plan": "plans",
+    "Verification": "verification",
     "decompose": "api",
     "open_decomposition": "decomposition",
     "plan": "api",
+    "verify": "verification",
 }
 
 

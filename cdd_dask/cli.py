@@ -170,7 +170,7 @@ def info(store: str, as_json: bool, allow_incomplete: bool) -> None:
               help="Whether progress is shown.")  # fmt: skip
 def verify(store: str, source: str | None, progress: bool) -> None:
     """Check that STORE is whole and that its channels and residual sum up to the source."""
-    from cdd_dask.verify import verify as check
+    from cdd_dask.verification import verify as check
 
     _log_lines(progress)
     click.echo(f"{check(store, source, progress=progress)}\n{store} is whole")

@@ -8,29 +8,29 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import numpy as np
+import psutil
 import pytest
 
 import cdd_dask
 from cdd_dask.errors import BlockError, InputError
 from cdd_dask.executors import Executor, start_executor
 from cdd_dask.executors.base import TRIES
+from cdd_dask.progress import Progress
 from cdd_dask.task import Task, run_task
 
 EXECUTORS = ("serial", "threads", "processes", "distributed")
-OUT_OF_PROCESS = ("processes", "distributed")
 
 
 @pytest.fixture(scope="module", params=EXECUTORS)
@@ -41,12 +41,8 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
         yield started
 
 
-@pytest.fixture
-def outlives(executor: Executor) -> Executor:
-    """An executor whose workers can die without taking the tests along."""
-    if executor.called not in OUT_OF_PROCESS:  # type: ignore[attr-defined]
-        pytest.skip("tasks share this process")
-    return executor
+LOSES_WORKERS = pytest.mark.parametrize("executor", ("processes", "distributed"), indirect=True)
+"""Executors whose workers can die without taking the tests along."""
 
 
 # what workers run: importable by name
@@ -180,7 +176,7 @@ def test_nothing_runs_before_it_is_asked_for(executor: Executor):
 
 def test_an_error_of_a_task_arrives_as_it_is(executor: Executor):
     """Type and message survive the way between processes, and the pool serves the next run."""
-    with pytest.raises(InputError, match="^number=3 is refused: take another$"):
+    with pytest.raises(InputError, match=r"^number=3 is refused: take another$"):
         list(executor.run(fail_on_three, map(Job, range(20)), "test"))
     assert sorted(executor.run(square, map(Job, range(4)), "test")) == [0, 1, 4, 9]
 
@@ -226,24 +222,25 @@ def test_nothing_runs_on_after_a_failure(executor: Executor, tmp_path: Path):
 # workers that die
 
 
-def test_a_worker_that_dies_once_is_survived(outlives: Executor, tmp_path: Path):
+@LOSES_WORKERS
+def test_a_worker_that_dies_once_is_survived(executor: Executor, tmp_path: Path):
     """Killed once by SIGKILL, a block is computed by another worker; all results are there."""
-    results = outlives.run(die_once, [Job(n, tmp_path) for n in range(12)], "test", describe)
+    results = executor.run(die_once, [Job(n, tmp_path) for n in range(12)], "test", describe)
     assert sorted(results) == [n**2 for n in range(12)]
     assert starts(tmp_path, 2) == 2
 
 
-@pytest.mark.parametrize("repeat", range(3))
-def test_a_block_that_kills_is_named(outlives: Executor, tmp_path: Path, repeat: int):
+@LOSES_WORKERS
+def test_a_block_that_kills_is_named(executor: Executor, tmp_path: Path):
     """Killing at every try ends the run, after a bounded number, with the killer's name.
 
     Not with the name of a block that only happened to wait for the same worker.
     """
     jobs = [Job(n, tmp_path) for n in range(24)]
     with pytest.raises(BlockError, match=r"^job number 5 lost its worker .*memory="):
-        list(outlives.run(die_on_five, jobs, "test", describe))
+        list(executor.run(die_on_five, jobs, "test", describe))
     assert 1 < starts(tmp_path, 5) <= TRIES + 1
-    assert sorted(outlives.run(square, map(Job, range(4)), "test")) == [0, 1, 4, 9]
+    assert sorted(executor.run(square, map(Job, range(4)), "test")) == [0, 1, 4, 9]
 
 
 def test_suspects_are_tried_alone():
@@ -293,7 +290,7 @@ def cluster() -> Iterator[Any]:
     """A user's own cluster."""
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
     ) as made:
         yield made
 
@@ -370,24 +367,39 @@ def test_the_cluster_keeps_nothing(tmp_path: Path, lognormal: Any, cluster: Any)
         assert left == 0
 
 
-def test_a_run_survives_the_death_of_a_worker(tmp_path: Path, outputs: Any, expected: Any):
+@pytest.mark.parametrize("name", ["processes", "distributed"])
+def test_a_run_survives_the_death_of_a_worker(
+    tmp_path: Path, outputs: Any, expected: Any, monkeypatch: pytest.MonkeyPatch, name: str
+):
     """SIGKILL to a worker in the middle of a whole run: the same channels come out."""
-    from distributed import Client, LocalCluster
-
     field, channels = expected
     np.save(tmp_path / "in.npy", field)
-    with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
-        ) as fragile,
-        Client(fragile) as client,
-    ):
-        victim = next(iter(client.run(os.getpid).values()))
-        killer = threading.Timer(0.2, os.kill, (victim, signal.SIGKILL))
-        killer.start()
-        result = outputs(tmp_path / "in.npy", tmp_path / "out.zarr", client=client, **OPTIONS)
-        killer.join()
+    others, killed = workers_now(), []
+
+    def advance(self: Progress, work: int) -> None:
+        done.append(work)
+        if len(done) == 4:
+            killed.append((workers_now() - others).pop())
+            killed[0].kill()
+
+    done: list[int] = []
+    monkeypatch.setattr(Progress, "advance", advance)
+    result = outputs(
+        tmp_path / "in.npy", tmp_path / "out.zarr", executor=name, workers=2, **OPTIONS
+    )
+    assert killed
+    assert not killed[0].is_running()
     assert np.array_equal(result, channels)
+
+
+def workers_now() -> set[psutil.Process]:
+    """The processes that this one spawned to work."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.add(process)
+    return found
 
 
 def test_a_task_is_an_address_and_integers():

@@ -10,7 +10,7 @@ import zarr
 
 import cdd_dask
 from cdd_dask.errors import InputError, VerificationError
-from cdd_dask.verify import verify
+from cdd_dask.verification import verify
 
 SHAPE = (20, 30)
 
