@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cdd_dask.progress import Progress
 from cdd_dask.readers import NonFiniteError, Source, open_source
 from cdd_dask.resources import resolve_resources
 from cdd_dask.run import execute, prepare_store
+from cdd_dask.task import prepare_process
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +167,8 @@ def decompose(
         resources.device,
         resources.executor,
     )
-    pool = start_executor(resources.executor, resources.workers, resources.threads, client)
+    prepare = partial(prepare_process, resources.engine, resources.device, resources.threads)
+    pool = start_executor(resources.executor, resources.workers, client, prepare)
     with pool, Progress(progress, sum(stage.work for stage in made.stages)) as shown:
         run = _prepare(made, opened, address)
         try:

@@ -154,7 +154,6 @@ def _create_field(
     dtype: str,
     dimension_names: tuple[str, ...] | None = None,
 ) -> None:
-    from zarr.codecs import Crc32cCodec, ZstdCodec
     from zarr.storage import MemoryStore
 
     shards, chunks = storage_chunks(grid)
@@ -165,7 +164,7 @@ def _create_field(
         # in memory there is no file to save and nothing to protect: a chunk is a block
         shards=None if in_memory else shards,
         chunks=grid.block if in_memory else chunks,
-        compressors=None if in_memory else [ZstdCodec(level=1), Crc32cCodec()],
+        compressors=None if in_memory else _codecs(),
         dtype=dtype,
         fill_value=0.0,
         dimension_names=dimension_names,
@@ -222,6 +221,25 @@ def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> 
     sync(array.store.delete(f"{array.path}/{key}"))
     # the setting is not stored with the array: a block of zeros must leave its chunks
     array.with_config({"write_empty_chunks": True})[core] = values
+
+
+def rehearse() -> None:
+    """Load what Zarr loads when it first writes and reads an array like ours."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    root = zarr.open_group(MemoryStore(), mode="w", zarr_format=3)
+    array = root.create_array(
+        "image", shape=(4,), shards=(4,), chunks=(2,), compressors=_codecs(), dtype="float32"
+    )
+    array[:] = 1.0
+    array[:]
+
+
+def _codecs() -> list[Any]:
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    return [ZstdCodec(level=1), Crc32cCodec()]
 
 
 def _open_array(address: str, path: str, mode: str = "r") -> zarr.Array[Any]:

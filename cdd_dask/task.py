@@ -5,6 +5,7 @@ A task is an address and integers. Everything else lies in the store, where any 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,11 +17,14 @@ from cdd_dask import store
 from cdd_dask.blocks import Grid, HaloedBlock, haloed_block
 from cdd_dask.engines import Diffusion, Engine, load_engine
 from cdd_dask.errors import BlockError
+from cdd_dask.kernels import discrete_gaussian
 from cdd_dask.memory import return_freed_memory
 from cdd_dask.parameters import Parameters
 from cdd_dask.readers import NonFiniteError, open_source, read_finite
 from cdd_dask.statistics import Statistics
 from cdd_dask.time_stepping import Steps, channel_steps
+
+THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,24 @@ class _Job:
 
     def is_last(self, stage: int) -> bool:
         return stage == len(self.steps)
+
+
+def prepare_process(engine: str, device: str, threads: int) -> None:
+    """Make a process ready for tasks: its libraries loaded, its threads and its memory capped.
+
+    Done when a worker starts, so that its first task does not pay for it.
+    """
+
+    for variable in THREAD_LIMITS:
+        os.environ.setdefault(variable, str(threads))
+    return_freed_memory()
+    loaded = load_engine(engine, device)
+    loaded.limit_threads(threads)
+    # a step on next to nothing loads what the engine loads when it first computes
+    steps = Steps(1, (discrete_gaussian(0.5),))
+    rehearsal = Diffusion(steps, "constrained", (("reflect", "reflect"),))
+    loaded.diffuse(np.ones(4, np.float32), rehearsal)
+    store.rehearse()
 
 
 def run_task(task: Task) -> TaskResult:

@@ -14,12 +14,12 @@ from cdd_dask.blocks import (
     haloed_block,
     haloed_voxels,
     largest_haloed_block,
+    pieces,
     storage_chunks,
-    wrapped_pieces,
 )
 from cdd_dask.boundaries import CUT
 from cdd_dask.parameters import BOUNDARIES
-from cdd_dask.store import read_wrapped
+from cdd_dask.readers.regions import read_region
 
 RULES = st.sampled_from(BOUNDARIES)
 
@@ -122,31 +122,49 @@ def test_counted_voxels_are_the_voxels_read(haloed: tuple[Grid, tuple[int, ...]]
     assert largest_haloed_block(grid, depth, boundary) == max(sizes)
 
 
-@given(st.integers(-30, 30), st.integers(1, 40), st.integers(1, 13))
-def test_wrapped_pieces_read_an_axis_modulo_its_size(start: int, length: int, size: int):
-    """Pieces lie inside the axis, follow each other, and give what ``take(mode="wrap")`` gives."""
+@given(st.integers(-30, 30), st.integers(1, 40), st.integers(1, 13), st.integers(1, 15))
+def test_pieces_read_an_axis_modulo_its_size(start: int, length: int, size: int, unit: int):
+    """Pieces follow each other, stay within one unit, and give ``take(mode="wrap")``."""
     axis = np.arange(size)
-    pieces = wrapped_pieces(start, start + length, size)
-    for target, source in pieces:
+    found = pieces(start, start + length, size, unit)
+    for target, source in found:
         assert 0 <= source.start < source.stop <= size
+        assert source.start // unit == (source.stop - 1) // unit
         assert target.stop - target.start == source.stop - source.start
-    read = np.concatenate([axis[source] for _, source in pieces])
-    assert [target.start for target, _ in pieces][1:] == [t.stop for t, _ in pieces][:-1]
+    assert [target.start for target, _ in found] == [0, *(t.stop for t, _ in found[:-1])]
+    read = np.concatenate([axis[source] for _, source in found])
     assert np.array_equal(read, axis.take(np.arange(start, start + length), mode="wrap"))
+
+
+class Sharded:
+    """An array that notes what is read, with shards as a Zarr array has."""
+
+    def __init__(self, values: np.ndarray, shards: tuple[int, ...] | None) -> None:
+        self.values, self.shape, self.shards, self.read = values, values.shape, shards, []
+
+    def __getitem__(self, region: tuple[slice, ...]) -> np.ndarray:
+        self.read.append(region)
+        return self.values[region]
 
 
 @settings(max_examples=50)
 @given(st.data())
-def test_read_wrapped_equals_take(data: st.DataObject):
-    """A region that runs beyond the volume, in any axis and by any amount, reads modulo it."""
+def test_regions_are_read_modulo_the_volume_and_shard_by_shard(data: st.DataObject):
+    """A region that runs beyond the volume, along any axis and by any amount, is read modulo it.
+
+    Never is more than one shard asked for at a time: that is what the memory is planned for.
+    """
     shape = tuple(data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
-    volume = np.random.default_rng(0).random(shape)
+    shards = data.draw(st.none() | st.tuples(*(st.integers(1, 9) for _ in shape)))
+    array = Sharded(np.random.default_rng(0).random(shape), shards)
     starts = [data.draw(st.integers(-9, 9)) for _ in shape]
     region = tuple(slice(s, s + data.draw(st.integers(1, 20))) for s in starts)
-    expected = volume
+    expected = array.values
     for axis, s in enumerate(region):
         expected = expected.take(np.arange(s.start, s.stop), axis, mode="wrap")
-    assert np.array_equal(read_wrapped(lambda r: volume[r], shape, region), expected)
+    assert np.array_equal(read_region(array, region), expected)
+    for read in array.read if shards else []:
+        assert all(s.start // u == (s.stop - 1) // u for s, u in zip(read, shards, strict=True))
 
 
 @given(grids(largest=400))

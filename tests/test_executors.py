@@ -28,7 +28,7 @@ from cdd_dask.errors import BlockError, InputError
 from cdd_dask.executors import Executor, start_executor
 from cdd_dask.executors.base import TRIES
 from cdd_dask.progress import Progress
-from cdd_dask.task import Task, run_task
+from cdd_dask.task import THREAD_LIMITS, Task, run_task
 
 EXECUTORS = ("serial", "threads", "processes", "distributed")
 
@@ -36,12 +36,12 @@ EXECUTORS = ("serial", "threads", "processes", "distributed")
 @pytest.fixture(scope="module", params=EXECUTORS)
 def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
     """Every executor in turn, started once, with two workers where it has any."""
-    with start_executor(request.param, workers=2, threads=1) as started:
+    with start_executor(request.param, workers=2) as started:
         started.called = request.param  # type: ignore[attr-defined]
         yield started
 
 
-LOSES_WORKERS = pytest.mark.parametrize("executor", ("processes", "distributed"), indirect=True)
+LOSES_WORKERS = pytest.mark.parametrize("executor", ["processes", "distributed"], indirect=True)
 """Executors whose workers can die without taking the tests along."""
 
 
@@ -409,9 +409,27 @@ def test_a_task_is_an_address_and_integers():
     assert cloudpickle.loads(cloudpickle.dumps(task)) == task
 
 
+@pytest.mark.parametrize("name", ["serial", "threads"])
+def test_the_caller_s_process_is_left_as_it_was(
+    outputs: Any, lognormal: Any, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """A library call changes neither the environment of its process nor torch's threads."""
+    torch = pytest.importorskip("torch")
+    for variable in THREAD_LIMITS:
+        monkeypatch.delenv(variable, raising=False)
+    before, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        outputs(lognormal((9, 9)), executor=name, engine="torch", device="cpu", **OPTIONS)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert dict(os.environ) == before
+
+
 def test_closing_ends_the_pool():
     """A closed generator and a left `with` leave no worker behind."""
-    with start_executor("processes", workers=2, threads=1) as pool:
+    with start_executor("processes", workers=2) as pool:
         with closing(pool.run(square, map(Job, range(50)), "test")) as results:
             next(results)
         pids = list(pool._pool._processes)  # type: ignore[attr-defined]

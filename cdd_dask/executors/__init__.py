@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from cdd_dask.executors.base import Executor
@@ -10,10 +11,17 @@ EXECUTORS = ("auto", "serial", "threads", "processes", "distributed")
 IN_PROCESS = ("serial", "threads")
 """Executors whose tasks share this process's memory."""
 
+
+def nothing() -> None:
+    """What a process needs before its first task, where a caller does not say."""
+
+
 __all__ = ["EXECUTORS", "IN_PROCESS", "Executor", "start_executor"]
 
 
-def start_executor(name: str, workers: int, threads: int, client: Any = None) -> Executor:
+def start_executor(
+    name: str, workers: int, client: Any = None, prepare: Callable[[], None] = nothing
+) -> Executor:
     """The executor called `name`, never ``auto``, ready to run tasks.
 
     Parameters
@@ -22,19 +30,24 @@ def start_executor(name: str, workers: int, threads: int, client: Any = None) ->
         One of `EXECUTORS`.
     workers
         Tasks that run at once.
-    threads
-        Threads that a task of a process pool may compute with.
     client
         The user's `distributed.Client`, for ``distributed``.
+    prepare
+        Called in every process of a pool before its first task; importable by its name.
     """
     if name == "distributed":
         from cdd_dask.executors.dask import DaskExecutor
 
-        return DaskExecutor(client, workers)
-    if name == "serial":
-        from cdd_dask.executors.serial import SerialExecutor
+        return DaskExecutor(client, workers, prepare)
+    if name == "processes":
+        from cdd_dask.executors.local import ProcessesExecutor
 
-        return SerialExecutor()
-    from cdd_dask.executors.local import ProcessesExecutor, ThreadsExecutor
+        return ProcessesExecutor(workers, prepare)
+    prepare()
+    if name == "threads":
+        from cdd_dask.executors.local import ThreadsExecutor
 
-    return ProcessesExecutor(workers, threads) if name == "processes" else ThreadsExecutor(workers)
+        return ThreadsExecutor(workers)
+    from cdd_dask.executors.serial import SerialExecutor
+
+    return SerialExecutor()

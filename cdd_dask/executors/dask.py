@@ -24,16 +24,19 @@ class DaskExecutor(Executor):
         on the loopback interface only.
     workers
         Processes of that `LocalCluster`, each with one thread.
+    prepare
+        Called in every worker before the first task; importable by its name.
     """
 
     tries_per_death = 1  # the scheduler has tried again, `allowed-failures` times
 
-    def __init__(self, client: Any = None, workers: int = 1) -> None:
+    def __init__(self, client: Any, workers: int, prepare: Callable[[], None]) -> None:
         self._cluster = None
         if client is None:
             self._cluster, client = start_local_cluster(workers)
         self.client = client
         info = workers_of(client)
+        client.run(prepare)
         threads = sum(worker["nthreads"] for worker in info.values())
         self.window = min(LARGEST_WINDOW, max(WINDOW_PER_THREAD * threads, 8))
         # a resource that no worker declares would leave tasks pending for ever

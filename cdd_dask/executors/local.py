@@ -11,8 +11,6 @@ from typing import Any
 
 from cdd_dask.executors.base import Executor
 
-THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-
 
 class ThreadsExecutor(Executor):
     """Runs tasks on threads of this process; SciPy and torch compute outside the GIL."""
@@ -39,20 +37,30 @@ class ThreadsExecutor(Executor):
 
 
 class ProcessesExecutor(ThreadsExecutor):
-    """Runs tasks in processes of this machine, which start afresh (``spawn``)."""
+    """Runs tasks in processes of this machine, which start afresh (``spawn``).
 
-    def __init__(self, workers: int, threads: int) -> None:
+    Parameters
+    ----------
+    workers
+        Number of processes.
+    prepare
+        Called in each when it starts; importable by its name.
+    """
+
+    def __init__(self, workers: int, prepare: Callable[[], None]) -> None:
         self.window = 2 * workers
-        self._workers, self._threads = workers, threads
+        self._workers, self._prepare = workers, prepare
         self._pool = self._start()
 
     def _start(self) -> pools.Executor:
-        return pools.ProcessPoolExecutor(
+        pool = pools.ProcessPoolExecutor(
             self._workers,
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=limit_threads,
-            initargs=(self._threads,),
+            initializer=self._prepare,
         )
+        # a pool starts a process when a task finds none idle: have all of them now
+        pools.wait([pool.submit(os.getpid) for _ in range(self._workers)])
+        return pool
 
     def submit(self, function: Callable[[Any], Any], task: Any, name: str, number: int) -> Any:
         try:
@@ -66,9 +74,3 @@ class ProcessesExecutor(ThreadsExecutor):
         if getattr(self._pool, "_broken", False):
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = self._start()
-
-
-def limit_threads(count: int) -> None:
-    """Cap the threads of libraries that read their limit when they are imported."""
-    for variable in THREAD_LIMITS:
-        os.environ[variable] = str(count)
