@@ -26,15 +26,20 @@ SECONDS_BETWEEN_SAMPLES = 0.004
 
 def private_bytes(root: int) -> int:
     """Anonymous resident bytes of a process and all its descendants."""
-    total, processes = 0, [root]
+    total, processes = 0, [(root, b"")]
     while processes:
-        number = processes.pop()
+        number, parents_command = processes.pop()
+        folder = Path(f"/proc/{number}")
         try:
-            for line in Path(f"/proc/{number}/status").read_text().splitlines():
+            command = (folder / "cmdline").read_bytes()
+            if command == parents_command:
+                continue  # forked, and about to become another program: its pages are its parent's
+            for line in (folder / "status").read_text().splitlines():
                 if line.startswith("RssAnon:"):
                     total += int(line.split()[1]) * 1024
-            for thread in Path(f"/proc/{number}/task").iterdir():
-                processes += map(int, (thread / "children").read_text().split())
+            for thread in (folder / "task").iterdir():
+                children = map(int, (thread / "children").read_text().split())
+                processes += [(child, command) for child in children]
         except (OSError, ProcessLookupError):
             continue  # it ended while it was looked at
     return total

@@ -78,7 +78,7 @@ ROUNDING = 1e-6
 """What float32 adds, relative to the field's range."""
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     cut=cuts(),
     edges=scales(),
@@ -114,7 +114,7 @@ def test_blocks_equal_the_whole(
     assert np.abs(blocked - whole).max() <= allowed
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(
     cut=cuts(),
     constraint=st.sampled_from(["inverted", "unconstrained"]),
