@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -159,23 +160,43 @@ class _Draft:
 
     def choose_block(self) -> tuple[int, ...]:
         """The largest near-cubic core that fits, and enough of them for all workers."""
-        shape, resources = self.volume.shape, self.resources
-        deepest = tuple(max(along) for along in zip(*self.depths, strict=True))
-        least = tuple(min(n, max(SMALLEST_CORE, h)) for n, h in zip(shape, deepest, strict=True))
+        grids = list(self._candidates())
+        fitting = [grid for grid in grids if self.fits(grid)]
+        if not fitting:
+            grid = min(grids, key=self.peak)
+            self.refuse(grid, f"even with blocks of {grid.block}, the plan", "")
         # cut smaller than this, blocks would mostly be halo: some workers better stay idle
-        worthwhile = tuple(max(SHORTEST_WORTHWHILE, 4 * h) for h in deepest)
+        worthwhile = tuple(max(SHORTEST_WORTHWHILE, 4 * h) for h in self.deepest)
+        chosen = fitting[0]
+        for grid in fitting[1:]:
+            too_small = any(
+                after < before and after < bound
+                for after, before, bound in zip(grid.block, chosen.block, worthwhile, strict=True)
+            )
+            if len(chosen) >= self.resources.workers or too_small:
+                break
+            chosen = grid
+        return chosen.block
+
+    @property
+    def deepest(self) -> tuple[int, ...]:
+        """The deepest halo of all channels in voxels per axis."""
+        return tuple(max(along) for along in zip(*self.depths, strict=True))
+
+    def _candidates(self) -> Iterator[Grid]:
+        """The whole volume, then ever smaller near-cubic blocks, down to the smallest sensible."""
+        shape = self.volume.shape
+        least = tuple(
+            min(n, max(SMALLEST_CORE, h)) for n, h in zip(shape, self.deepest, strict=True)
+        )
         counts = [1] * len(shape)
         while True:
             block = tuple(map(_core, shape, counts, least))
-            grid = Grid(shape, block)
-            fits = self.fits(grid)
-            bound = worthwhile if fits else least
-            splittable = [a for a, b in enumerate(block) if b > bound[a]]
-            if fits and (len(grid) >= resources.workers or not splittable):
-                return block
-            if not splittable:
-                self.refuse(grid, f"even the smallest sensible block, {block},", "")
-            axis = max(splittable, key=lambda a: block[a])
+            yield Grid(shape, block)
+            divisible = [axis for axis, b in enumerate(block) if b > least[axis]]
+            if not divisible:
+                return
+            axis = max(divisible, key=lambda a: block[a])
             while _core(shape[axis], counts[axis], least[axis]) == block[axis]:
                 counts[axis] += 1
 

@@ -25,9 +25,6 @@ PACKAGES = ("cdd-dask", "numpy", "scipy", "zarr", "dask", "distributed")
 def prepare_store(plan: Plan, source: Source, address: str) -> str:
     """Write all metadata of a run's store and return the run's name."""
     run = uuid.uuid4().hex[:12]
-    names = source.dimension_names
-    default = store.default_dimension_names(len(source.shape))
-    usable = names is not None and len(set(names)) == len(names) and "image" not in names
     attributes: dict[str, Any] = {
         "run": run,
         "parameters": plan.parameters.as_dict(),
@@ -50,7 +47,7 @@ def prepare_store(plan: Plan, source: Source, address: str) -> str:
         plan.grid,
         plan.edges,
         plan.parameters.dtype,
-        names if usable and names is not None else default,
+        store.usable_names(source.dimension_names, len(source.shape)),
         attributes,
     )
     return run

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shutil
 import weakref
 from collections.abc import Sequence
@@ -263,9 +264,13 @@ def _update(group: Any, attributes: dict[str, Any]) -> None:
     group.attrs[KEY] = {**group.attrs[KEY], **attributes}
 
 
-def default_dimension_names(ndim: int) -> tuple[str, ...]:
-    """Names of the axes of a source that has none."""
-    return ("w", "z", "y", "x")[4 - ndim :]
+def usable_names(names: tuple[str, ...] | None, ndim: int) -> tuple[str, ...]:
+    """The source's names of its axes, or ``z, y, x`` where they cannot name coordinate arrays."""
+    default = ("w", "z", "y", "x")[4 - ndim :]
+    if names is None or len({*names, "image"}) <= ndim:
+        return default
+    plain = all(re.fullmatch(r"[^\W_][\w .()-]*", name) for name in names)
+    return names if plain else default
 
 
 def missing_shards(array: zarr.Array[Any]) -> int:

@@ -81,9 +81,12 @@ def start_local_cluster(workers: int) -> tuple[Any, Any]:
     import dask
     from distributed import Client, LocalCluster
 
-    # the plan bounds what a task holds, and no task leaves data on a worker: a limit for the
-    # whole machine on each worker only catches a runaway
-    with dask.config.set({"distributed.scheduler.allowed-failures": 2}):
+    settings = {
+        "distributed.scheduler.allowed-failures": 2,
+        # an hour of samples of every worker's stack would outgrow what the plan allows it
+        "distributed.worker.profile.enabled": False,
+    }
+    with dask.config.set(settings):
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,

@@ -35,7 +35,8 @@ def open_array(array: Any) -> Source:
                 f"source is an xarray {type(array).__name__}: choose one of its variables"
             )
         names = tuple(map(str, array.dims))
-        array = array.data
+        # the variable beneath reads a region only when it is asked for; `.data` would load it all
+        array = getattr(array, "variable", array)
     elif kind == "torch":
         array = array.detach().cpu()
         if array.is_sparse:
