@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from cdd_dask.progress import Progress
 from cdd_dask.readers import NonFiniteError, Source, open_source
 from cdd_dask.resources import resolve_resources
 from cdd_dask.run import execute, prepare_store
-from cdd_dask.task import prepare_process
+from cdd_dask.task import limited_threads, prepare_process
 
 log = logging.getLogger(__name__)
 
@@ -167,9 +168,13 @@ def decompose(
         resources.device,
         resources.executor,
     )
-    prepare = partial(prepare_process, resources.engine, resources.device, resources.threads)
-    pool = start_executor(resources.executor, resources.workers, client, prepare)
-    with pool, Progress(progress, sum(stage.work for stage in made.stages)) as shown:
+    how = (resources.engine, resources.device, resources.threads)
+    in_process = resources.executor in IN_PROCESS
+    pool = start_executor(
+        resources.executor, resources.workers, client, partial(prepare_process, *how)
+    )
+    limits = limited_threads(*how) if in_process else nullcontext()
+    with limits, pool, Progress(progress, sum(stage.work for stage in made.stages)) as shown:
         run = _prepare(made, opened, address)
         try:
             execute(made, opened, address, run, pool, shown)

@@ -98,12 +98,18 @@ class Decomposition:
 
     def shares(self) -> list[float]:
         """Share of every output (channels, then residual) in the sum of all ``Σ |values|``."""
+        self._check_complete()
         sums = [statistics["sum_abs"] for *_, statistics in self.outputs()]
         total = sum(sums)
         return [part / total if total else 0.0 for part in sums]
 
+    def _check_complete(self) -> None:
+        if not self.attrs["complete"]:
+            raise StoreError(f"{self.path} is not complete: it has no statistics yet")
+
     def table(self) -> str:
         """Scale range, share, minimum and maximum of every output, as text."""
+        self._check_complete()
         rows = []
         for (name, low, high, numbers), share in zip(self.outputs(), self.shares(), strict=True):
             scales = f"{low:g} - {high:g}" if high is not None else f"> {low:g}"

@@ -15,7 +15,7 @@ from cdd_dask.store import is_our_store
 
 def output_address(out: str | Path) -> str:
     """Absolute path, or the URL, of the output."""
-    text = str(out)
+    text = str(out).removeprefix("file://")
     if not text:
         raise InputError("out='' is no path: name the store to make, for example out.zarr")
     return text if "://" in text else os.path.abspath(Path(text).expanduser())
@@ -54,6 +54,11 @@ def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> N
         _check_apart(path, Path(source.address))
     try:
         reclaimed = _check_vacant(path, overwrite)
+        if reclaimed and source.lazy:
+            raise InputError(
+                f"out={path} would be replaced before {source.description}, which may read from "
+                "it, is read: remove it yourself, or name another output"
+            )
         nearest = path if path.exists() else next(p for p in path.parents if p.exists())
     except OSError as error:
         if isinstance(error, OutputExistsError):

@@ -266,7 +266,8 @@ def _update(group: Any, attributes: dict[str, Any]) -> None:
 
 def usable_names(names: tuple[str, ...] | None, ndim: int) -> tuple[str, ...]:
     """The source's names of its axes, or ``z, y, x`` where they cannot name coordinate arrays."""
-    default = ("w", "z", "y", "x")[4 - ndim :]
+    # what a fourth axis is, nobody can guess
+    default = ("z", "y", "x")[3 - ndim :] if ndim < 4 else ("dim_0", "dim_1", "dim_2", "dim_3")
     if names is None or len({*names, "image"}) <= ndim:
         return default
     plain = all(re.fullmatch(r"[^\W_][\w .()-]*", name) for name in names)

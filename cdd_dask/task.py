@@ -6,6 +6,8 @@ A task is an address and integers. Everything else lies in the store, where any 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -70,10 +72,21 @@ class _Job:
         return stage == len(self.steps)
 
 
-def prepare_process(engine: str, device: str, threads: int) -> None:
-    """Make a process ready for tasks: its libraries loaded, its threads and its memory capped.
+@contextmanager
+def limited_threads(engine: str, device: str, threads: int) -> Iterator[None]:
+    """Compute in this process with so many threads a task, and afterwards as before."""
+    loaded = load_engine(engine, device)
+    before = loaded.limit_threads(threads)
+    try:
+        yield
+    finally:
+        loaded.limit_threads(before)
 
-    Done when a worker starts, so that its first task does not pay for it.
+
+def prepare_process(engine: str, device: str, threads: int) -> None:
+    """Make a worker's process ready: its libraries loaded, its threads and its memory capped.
+
+    Done when it starts, so that its first task does not pay for it.
     """
 
     for variable in THREAD_LIMITS:
@@ -140,7 +153,6 @@ def _load_job(address: str, run: str) -> _Job:
     parameters = Parameters(**attributes["parameters"])
     shape = tuple(plan["volume"]["shape"])
     engine = load_engine(plan["resources"]["engine"], plan["resources"]["device"])
-    engine.limit_threads(plan["resources"]["threads"])
     return _Job(
         parameters=parameters,
         grid=Grid(shape, tuple(plan["block"])),

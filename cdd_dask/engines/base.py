@@ -86,5 +86,5 @@ class Engine(ABC):
         return None
 
     @abstractmethod
-    def limit_threads(self, count: int) -> None:
-        """Compute with at most `count` threads from now on, in this process."""
+    def limit_threads(self, count: int) -> int:
+        """Compute with `count` threads from now on, in this process; returns the count before."""

@@ -32,8 +32,8 @@ class ReferenceEngine(Engine):
         # the field, its smoothed copy in float64, and two masks for the signs
         return Footprint(host=itemsize + 8 + 2, device=0)
 
-    def limit_threads(self, count: int) -> None:
-        """Nothing to limit: `scipy.ndimage` runs on the caller's thread."""
+    def limit_threads(self, count: int) -> int:
+        return 1  # `scipy.ndimage` runs on the caller's thread alone
 
 
 def _smooth(field: NDArray[Any], diffusion: Diffusion, out: NDArray[np.float64]) -> None:

@@ -72,10 +72,12 @@ class TorchEngine(Engine):
             return int(torch.mps.recommended_max_memory())
         return None
 
-    def limit_threads(self, count: int) -> None:
+    def limit_threads(self, count: int) -> int:
         import torch
 
+        before = int(torch.get_num_threads())
         torch.set_num_threads(count)
+        return before
 
 
 def check_device(device: str | None) -> str:

@@ -33,7 +33,7 @@ def start_executor(
     client
         The user's `distributed.Client`, for ``distributed``.
     prepare
-        Called in every process of a pool before its first task; importable by its name.
+        Called in every other process before its first task; importable by its name.
     """
     if name == "distributed":
         from cdd_dask.executors.dask import DaskExecutor
@@ -43,7 +43,6 @@ def start_executor(
         from cdd_dask.executors.local import ProcessesExecutor
 
         return ProcessesExecutor(workers, prepare)
-    prepare()
     if name == "threads":
         from cdd_dask.executors.local import ThreadsExecutor
 

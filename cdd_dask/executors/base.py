@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable
 from concurrent.futures import CancelledError
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -86,17 +87,27 @@ class Executor(ABC):
         Exception
             What a task raised, if not for a passing reason, or `TRIES` times.
         """
+        guarded = partial(_call, function)
         fresh = ((number, task, 1) for number, task in enumerate(tasks))
-        # tasks in flight when a worker died: tried again alone, to find the one that kills
+        # tasks in flight when a worker died: tried again one by one, to find the one that kills
         suspects: list[tuple[int, Task, int]] = []
+        alone = False
         pending: dict[Any, tuple[int, Task, int]] = {}
+
+        def start(item: tuple[int, Task, int]) -> None:
+            pending[self.submit(guarded, item[1], name, item[0])] = item
+
         try:
             while True:
-                while len(pending) < (1 if suspects else self.window):
-                    item = suspects.pop() if suspects else next(fresh, None)
+                if not pending:
+                    alone = bool(suspects)
+                    if suspects:
+                        start(suspects.pop())
+                while not alone and len(pending) < self.window:
+                    item = next(fresh, None)
                     if item is None:
                         break
-                    pending[self.submit(function, item[1], name, item[0])] = item
+                    start(item)
                 if not pending:
                     return
                 for future in list(self.wait(pending)):
@@ -104,11 +115,12 @@ class Executor(ABC):
                     try:
                         result = future.result()
                     except (Exception, CancelledError) as error:
+                        again = (number, task, tries + 1)
                         if self._died_or_raise(error, tries, task, describe):
-                            suspects.append((number, task, tries + 1))
+                            suspects.append(again)
+                            alone = True
                         else:
-                            again = self.submit(function, task, name, number)
-                            pending[again] = (number, task, tries + 1)
+                            start(again)
                     else:
                         # the cluster may forget it: a result kept is a block rerun when lost
                         getattr(future, "release", lambda: None)()
@@ -146,6 +158,15 @@ class Executor(ABC):
         self.close()
 
 
+def _call(function: Callable[[Task], Result], task: Task) -> Result:
+    """``function(task)``; an error is marked before it travels, as its cause may be left behind."""
+    try:
+        return function(task)
+    except Exception as error:
+        error.passing = is_passing(error)  # type: ignore[attr-defined]
+        raise
+
+
 def is_passing(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, may be gone at the next try.
 
@@ -155,6 +176,8 @@ def is_passing(error: BaseException | None) -> bool:
     (True, False, False)
     """
     while error is not None:
+        if getattr(error, "passing", False):
+            return True
         if isinstance(error, ConnectionError | TimeoutError):
             return True
         if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:

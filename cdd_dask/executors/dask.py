@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -65,13 +66,24 @@ class DaskExecutor(Executor):
         return isinstance(error, KilledWorker)
 
     def cancel(self, futures: Collection[Any]) -> None:
-        if futures:
-            self.client.cancel(list(futures), force=True)
+        if not futures:
+            return
+        self.client.cancel(list(futures), force=True)
+        # what has begun cannot be stopped, and must not write after its run has ended
+        while any(self.client.run(_computes, self._run).values()):
+            time.sleep(0.05)
 
     def close(self) -> None:
         if self._cluster is not None:
             self.client.close()
             self._cluster.close()
+
+
+def _computes(run: str, dask_worker: Any) -> bool:
+    """Whether a worker still computes a task of a run, cancelled or not."""
+    busy = ("executing", "long-running", "cancelled", "resumed")
+    tasks = list(dask_worker.state.tasks.values())
+    return any(task.state in busy and run in str(task.key) for task in tasks)
 
 
 def start_local_cluster(workers: int) -> tuple[Any, Any]:

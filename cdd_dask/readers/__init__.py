@@ -51,7 +51,7 @@ def open_source(source: Any) -> Source:
                 raise InputError("source is a Zarr group: name one of its arrays")
             return zarr_source(source)
         return open_array(source)
-    address = str(source)
+    address = str(source).removeprefix("file://")
     if address.startswith("object:"):
         return known_array(address)
     if "://" in address:

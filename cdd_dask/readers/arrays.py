@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,23 @@ def open_array(array: Any) -> Source:
         # the variable beneath reads a region only when it is asked for; `.data` would load it all
         array = getattr(array, "variable", array)
     elif kind == "torch":
-        array = array.detach().cpu()
-        if array.is_sparse:
-            raise InputError("source is a sparse tensor: give source.to_dense()")
         array = _from_torch(array)
     elif isinstance(array, np.ma.MaskedArray):
         raise InputError(
             "source is a masked array: fill its blank voxels first, source.filled(value)"
         )
-    elif not hasattr(array, "__array__") or not hasattr(array, "shape"):
-        array = np.asarray(array)
-
+    elif not hasattr(array, "dtype") or not hasattr(array, "shape"):
+        array = _from_numbers(array)
+    if not all(isinstance(n, Integral) for n in array.shape):
+        raise InputError(
+            f"source is a {kind} array of unknown shape {array.shape}: have it computed first, "
+            "source.compute_chunk_sizes()"
+        )
     source = Source(
         description=f"a {kind} array" if kind != "builtins" else "a list of numbers",
         address=f"object:{next(_numbers)}",
         portable=False,
+        lazy=not isinstance(getattr(array, "_data", array), np.ndarray),
         is_zarr=False,
         shape=tuple(map(int, array.shape)),
         dtype=np.dtype(array.dtype),
@@ -68,9 +71,23 @@ def known_array(address: str) -> Source:
     return _sources[address]
 
 
+def _from_numbers(source: Any) -> NDArray[Any]:
+    """A NumPy array of a number, or of numbers in lists."""
+    shown = f"source={source!r:.60} ({type(source).__name__})"
+    if not isinstance(source, list | tuple | int | float | complex):
+        raise InputError(f"{shown} is no field: give a path or an array")
+    try:
+        return np.asarray(source)
+    except ValueError as error:
+        raise InputError(f"{shown} is no array: {error}") from error
+
+
 def _from_torch(tensor: Any) -> NDArray[Any]:
     import torch
 
+    tensor = tensor.detach().cpu()
+    if tensor.is_sparse:
+        raise InputError("source is a sparse tensor: give source.to_dense()")
     # NumPy knows neither bfloat16 nor a lazily conjugated tensor
     values = tensor.float() if tensor.dtype == torch.bfloat16 else tensor.resolve_conj()
     array: NDArray[Any] = values.numpy()
@@ -93,6 +110,7 @@ def open_npy(path: Path) -> Source:
         description=str(path),
         address=str(path),
         portable=True,
+        lazy=False,
         is_zarr=False,
         shape=mapped.shape,
         dtype=mapped.dtype,

@@ -30,6 +30,8 @@ class Source:
     """What `open_source` opens it by again, in another process if `portable`."""
     portable: bool
     """Whether another process on a shared file system can open it."""
+    lazy: bool
+    """Whether it may read files that only it knows: they must not go before it is read."""
     is_zarr: bool
     """Whether it is a Zarr array, whose chunks make halo'd reads cheap."""
     shape: tuple[int, ...]

@@ -79,6 +79,7 @@ def open_fits(path: Path) -> Source:
         description=str(path),
         address=str(path),
         portable=True,
+        lazy=False,
         is_zarr=False,
         shape=tuple(shape),
         dtype=stored if plain else np.dtype(np.float64),

@@ -66,6 +66,7 @@ def zarr_source(array: zarr.Array[Any], address: str | None = None) -> Source:
         description=address,
         address=address,
         portable=True,
+        lazy=False,
         is_zarr=True,
         shape=array.shape,
         dtype=np.dtype(array.dtype),
