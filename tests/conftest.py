@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 import cdd_dask
 
-settings.register_profile("untimed", deadline=None, print_blob=True)  # busy machines are slow
-settings.load_profile("untimed")
+with suppress(ImportError):  # the engines' suite runs where hypothesis is not installed
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None, print_blob=True)  # busy machines are slow
+    settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

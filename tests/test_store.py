@@ -18,7 +18,7 @@ from cdd_dask.errors import CddError, InputError, StoreError
 
 FAST: dict[str, Any] = {"max_scale": 2, "e_rel": 0.3, "progress": False}
 OUTPUTS = ("channel_00", "channel_01", "residual")
-NAMES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x"), 4: ("w", "z", "y", "x")}
+NAMES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x"), 4: ("dim_0", "dim_1", "dim_2", "dim_3")}
 SHAPES = {1: (30,), 2: (22, 15), 3: (11, 10, 9), 4: (5, 6, 4, 7)}
 
 
