@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 from cdd_dask.errors import InputError
 from cdd_dask.executors.base import Executor
 
+log = logging.getLogger(__name__)
+
 WINDOW_PER_THREAD = 4
 """Tasks in flight for each of a cluster's threads: enough to hide the scheduler's latency."""
 LARGEST_WINDOW = 256
+"""More in flight only burden the scheduler, unless that leaves threads idle."""
 
 
 class DaskExecutor(Executor):
@@ -39,7 +44,7 @@ class DaskExecutor(Executor):
         info = workers_of(client)
         client.run(prepare)
         threads = sum(worker["nthreads"] for worker in info.values())
-        self.window = min(LARGEST_WINDOW, max(WINDOW_PER_THREAD * threads, 8))
+        self.window = max(8, min(WINDOW_PER_THREAD * threads, max(LARGEST_WINDOW, 2 * threads)))
         # a resource that no worker declares would leave tasks pending for ever
         gpus = [worker for worker in info.values() if worker["resources"].get("GPU")]
         self._resources = {"GPU": 1} if info and len(gpus) == len(info) else {}
@@ -88,8 +93,6 @@ def _computes(run: str, dask_worker: Any) -> bool:
 
 def start_local_cluster(workers: int) -> tuple[Any, Any]:
     """A cluster of `workers` processes with one thread each on this machine, and its client."""
-    import logging
-
     import dask
     from distributed import Client, LocalCluster
 
@@ -106,6 +109,8 @@ def start_local_cluster(workers: int) -> tuple[Any, Any]:
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.ERROR,
         )
+        if find_spec("bokeh"):
+            log.info("dashboard at %s", cluster.dashboard_link)
         return cluster, Client(cluster)
 
 
