@@ -7,14 +7,15 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from cdd_dask import store
 from cdd_dask.decomposition import Decomposition
-from cdd_dask.errors import InputError, OutputAccessError
+from cdd_dask.errors import InputError, OutputAccessError, OutputExistsError
 from cdd_dask.executors import IN_PROCESS, start_executor
-from cdd_dask.output import check_output, output_address
+from cdd_dask.output import check_output, check_vacant, output_address
 from cdd_dask.parameters import MAX_NDIM, Parameters, check_count
 from cdd_dask.planner import make_plan
 from cdd_dask.plans import Plan, Volume
@@ -175,11 +176,12 @@ def decompose(
     )
     limits = limited_threads(*how) if in_process else nullcontext()
     with limits, pool, Progress(progress, sum(stage.work for stage in made.stages)) as shown:
-        run = _prepare(made, opened, address)
+        run = _prepare(made, opened, address, overwrite)
         try:
             execute(made, opened, address, run, pool, shown)
         except NonFiniteError:
             if "://" not in address and out is not None:
+                store.root_of_run(address, run)
                 store.remove_store(Path(address))  # this run made it, of data of no use
             raise
     return Decomposition(address, store.open_root(address))
@@ -251,11 +253,11 @@ def plan(
     """
     arguments = locals()
     is_shape = isinstance(source_or_shape, tuple | list) and all(
-        isinstance(n, int) and not isinstance(n, bool) for n in source_or_shape
+        isinstance(n, Integral) and not isinstance(n, bool) for n in source_or_shape
     )
     if not is_shape:
         return _make_plan(open_source(source_or_shape), arguments)
-    shape = tuple(source_or_shape)
+    shape = tuple(map(int, source_or_shape))
     if not 1 <= len(shape) <= MAX_NDIM or min(shape) < 1:
         raise InputError(f"shape {shape} must have 1 to {MAX_NDIM} axes of at least 1 voxel")
     return _make_plan(shape, arguments)
@@ -291,13 +293,15 @@ def _block(block: Sequence[int] | int | None, ndim: int) -> tuple[int, ...] | No
     return tuple(check_count("block", side) for side in sides)
 
 
-def _prepare(made: Plan, source: Source, address: str) -> str:
-    """Make the store, in place of the one that `check_output` found may go."""
+def _prepare(made: Plan, source: Source, address: str, overwrite: bool) -> str:
+    """Make the store, in place of one that may go."""
     try:
         if "://" not in address and not address.startswith("memory:"):
-            path = Path(address)
-            if path.exists() and any(path.iterdir()):
-                store.remove_store(path)
+            # looked at again: starting workers took time, and another run may have come first
+            if check_vacant(Path(address), overwrite):
+                store.remove_store(Path(address))
         return prepare_store(made, source, address)
+    except (OutputExistsError, FileExistsError) as error:
+        raise OutputExistsError(str(error)) from error
     except OSError as error:
         raise OutputAccessError(f"out={address} cannot be written: {error}") from error

@@ -111,26 +111,43 @@ def halo_range(core: slice, size: int, depth: int, boundary: str) -> tuple[int, 
 
 def haloed_voxels(grid: Grid, depth: tuple[int, ...], boundary: str) -> int:
     """Voxels that all blocks of `grid` read together, halos included."""
-    total = 1
-    for n, b, h in zip(grid.shape, grid.block, depth, strict=True):
-        along = 0
-        for i in range(-(-n // b)):
-            start, stop = halo_range(slice(i * b, min((i + 1) * b, n)), n, h, boundary)
-            along += stop - start
-        total *= along
-    return total
+    along = zip(grid.shape, grid.block, grid.counts, depth, strict=True)
+    return math.prod(_haloed_length(n, b, count, h, boundary) for n, b, count, h in along)
 
 
-def largest_haloed_block(grid: Grid, depth: tuple[int, ...], boundary: str) -> int:
-    """Voxels of the largest block of `grid` with its halo."""
-    total = 1
-    for n, b, h in zip(grid.shape, grid.block, depth, strict=True):
-        widths = []
-        for i in range(-(-n // b)):
-            start, stop = halo_range(slice(i * b, min((i + 1) * b, n)), n, h, boundary)
-            widths.append(stop - start)
-        total *= max(widths)
-    return total
+def _haloed_length(size: int, block: int, count: int, depth: int, boundary: str) -> int:
+    """Length of all blocks along one axis together, halos included."""
+    if count == 1:
+        return size
+    if boundary == "wrap":
+        return size + 2 * depth * count
+    last = size - (count - 1) * block
+    # halos below: min(depth, i * block); above: min(depth, last + j * block), j from the end
+    return size + _clipped_halos(0, block, count, depth) + _clipped_halos(
+        last, block, count - 1, depth
+    )  # fmt: skip
+
+
+def _clipped_halos(first: int, step: int, count: int, depth: int) -> int:
+    """``sum(min(depth, first + i * step) for i in range(count))``."""
+    clipped = min(count, max(0, -(-(depth - first) // step)))
+    return clipped * first + step * clipped * (clipped - 1) // 2 + (count - clipped) * depth
+
+
+def haloed_shape(grid: Grid, depth: tuple[int, ...], boundary: str) -> tuple[int, ...]:
+    """Shape of the largest block of `grid` with its halo, in voxels."""
+    shape = []
+    for n, b, count, h in zip(grid.shape, grid.block, grid.counts, depth, strict=True):
+        # widths grow until the halo below is whole, and shrink once the one above is cut
+        whole = -(-h // b)
+        numbers = {0, whole - 1, whole, count - 2, count - 1}
+        ranges = [
+            halo_range(slice(i * b, min((i + 1) * b, n)), n, h, boundary)
+            for i in numbers
+            if 0 <= i < count
+        ]
+        shape.append(max(stop - start for start, stop in ranges))
+    return tuple(shape)
 
 
 def pieces(start: int, stop: int, size: int, unit: int) -> list[tuple[slice, slice]]:
@@ -174,7 +191,8 @@ def storage_chunks(grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
             side = -(-b // chunks)
             shard.append(side * chunks)
         else:
-            divisors = [d for d in range(1, b + 1) if b % d == 0]
+            small = [d for d in range(1, math.isqrt(b) + 1) if b % d == 0]
+            divisors = [*small, *(b // d for d in small)]
             side = min(divisors, key=lambda d: abs(math.log(d / TYPICAL_CHUNK)))
             shard.append(b)
         chunk.append(side)

@@ -16,11 +16,11 @@ import click
 from cdd_dask import __version__
 from cdd_dask.config import load_config
 from cdd_dask.engines import ENGINES
-from cdd_dask.errors import BlockError, CddError, VerificationError
+from cdd_dask.errors import CddError, RunError, VerificationError
 from cdd_dask.executors import EXECUTORS
 from cdd_dask.parameters import BOUNDARIES, DTYPES, KERNELS, MODES
 
-FAILURES = (BlockError, VerificationError)
+FAILURES = (RunError, VerificationError)
 """Errors of a run that had begun; all others refuse it."""
 
 
@@ -215,9 +215,10 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: an output that was begun is left incomplete", err=True)
         sys.exit(130)
-    except (CddError, FileNotFoundError) as error:
+    except (CddError, OSError) as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1 if isinstance(error, FAILURES) else 2)
+        refused = isinstance(error, CddError | FileNotFoundError)
+        sys.exit(2 if refused and not isinstance(error, FAILURES) else 1)
 
 
 if __name__ == "__main__":

@@ -75,14 +75,14 @@ class Decomposition:
         Returns
         -------
         ndarray
-            In the working dtype, equal to the field within 4 units in the last place of its
-            maximum.
+            In the working dtype (summed in float64), equal to the field within 4 units in the
+            last place of its maximum.
         """
         where = () if region is None else region
-        total: NDArray[Any] = np.array(self.channels[0][where])
+        total: NDArray[Any] = np.array(self.channels[0][where], np.float64)
         for part in (*self.channels[1:], self.residual):
             total += part[where]
-        return total
+        return total.astype(self.parameters.dtype)
 
     def outputs(self) -> Iterator[tuple[str, float, float | None, dict[str, Any]]]:
         """Name, lower and upper scale in voxels, and statistics of every output."""

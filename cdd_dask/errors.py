@@ -31,7 +31,7 @@ class OutputAccessError(CddError, PermissionError):
 
 
 class StoreError(CddError, ValueError):
-    """A path holds no decomposition store, an incomplete one, or a damaged one."""
+    """A path holds no decomposition store, an incomplete one, a damaged or another run's."""
 
 
 class BudgetError(CddError, MemoryError):
@@ -50,7 +50,11 @@ class DeviceError(CddError, RuntimeError):
     """The device asked for is absent or cannot do what is asked."""
 
 
-class BlockError(CddError, RuntimeError):
+class RunError(CddError, RuntimeError):
+    """A run that had begun could not go on."""
+
+
+class BlockError(RunError):
     """A block could not be computed; the message names the block and its region."""
 
 

@@ -7,7 +7,7 @@ import ctypes
 import math
 from pathlib import Path
 
-from cdd_dask.blocks import Grid, largest_haloed_block, storage_chunks
+from cdd_dask.blocks import Grid, haloed_shape, storage_chunks
 from cdd_dask.engines.base import Footprint
 from cdd_dask.errors import InputError
 
@@ -16,29 +16,44 @@ TASK_OVERHEAD = 6_000_000
 CHUNKS_IN_FLIGHT = 10
 """Inner chunks that Zarr decodes at once (its setting ``async.concurrency``)."""
 
+CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Limit and use of a control group, version 2 and version 1."""
 _M_MMAP_THRESHOLD = -3
 """Number of glibc's `mallopt` setting (malloc.h)."""
 
 
 def available_memory() -> int:
-    """Bytes this process could still take: the least that the system and its cgroup leave."""
+    """Bytes this process could still take: the least that the system and its cgroups leave."""
     import psutil
 
     available = int(psutil.virtual_memory().available)
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        try:
-            limit, usage = Path(limit_file).read_text(), Path(usage_file).read_text()
-        except OSError:
-            continue
-        if limit.strip().isdigit():
-            available = min(available, max(0, int(limit) - int(usage)))
+    for folder in _cgroups():
+        for limit_file, usage_file in CGROUP_FILES:
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((folder / limit_file).read_text())
+                usage = int((folder / usage_file).read_text())
+                statistics = (folder / "memory.stat").read_text().split()
+                # pages of files that nobody uses go when memory is wanted
+                cache = dict(zip(statistics[::2], statistics[1::2], strict=True))
+                usage -= int(cache.get("inactive_file", 0))
+                available = min(available, max(0, limit - usage))
     return available
+
+
+def _cgroups() -> list[Path]:
+    """Folders of the control groups that this process is in, with all above them."""
+    root = Path("/sys/fs/cgroup")
+    folders = {root, root / "memory"}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            base = root / "memory" if "memory" in controllers.split(",") else root
+            own = base / name.lstrip("/")
+            folders |= {own, *(parent for parent in own.parents if base in parent.parents)}
+    return sorted(folders)
 
 
 def return_freed_memory() -> None:
@@ -103,7 +118,8 @@ def task_peak(
     The largest of its three phases: reading the haloed block (and converting its type),
     diffusing it while the core's start is kept, and encoding a core to write it.
     """
-    haloed = largest_haloed_block(grid, depth, boundary)
+    shape = haloed_shape(grid, depth, boundary)
+    haloed = math.prod(shape)
     core = math.prod(grid.block) * itemsize
     shard, chunk = storage_chunks(grid)
     # one shard is read at a time: its chunks encoded, some of them decoded
@@ -113,7 +129,7 @@ def task_peak(
         in_flight = min(CHUNKS_IN_FLIGHT, count) * math.prod(source_chunk)
         fetching = max(fetching, 2 * in_flight * source_itemsize)
     reading = haloed * (itemsize + source_itemsize) + fetching
-    diffusing = haloed * footprint.host + core
+    diffusing = haloed * footprint.host + max(shape) * footprint.line + core
     # the field with its halo, its core, the channel, and the shard encoded and then joined
     writing = haloed * itemsize + 2 * core + 2 * math.prod(shard) * itemsize
     return max(reading, diffusing, writing) + TASK_OVERHEAD
@@ -121,4 +137,4 @@ def task_peak(
 
 def device_peak(grid: Grid, depth: tuple[int, ...], boundary: str, footprint: Footprint) -> int:
     """Bytes that one task holds at its peak on the engine's device."""
-    return largest_haloed_block(grid, depth, boundary) * footprint.device
+    return math.prod(haloed_shape(grid, depth, boundary)) * footprint.device

@@ -53,7 +53,7 @@ def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> N
     if source.portable and "://" not in source.address:
         _check_apart(path, Path(source.address))
     try:
-        reclaimed = _check_vacant(path, overwrite)
+        reclaimed = check_vacant(path, overwrite)
         if reclaimed and source.lazy:
             raise InputError(
                 f"out={path} would be replaced before {source.description}, which may read from "
@@ -87,7 +87,7 @@ def _check_apart(out: Path, source: Path) -> None:
         raise InputError(f"out={out} contains the source {source}: name another output")
 
 
-def _check_vacant(path: Path, overwrite: bool) -> int:
+def check_vacant(path: Path, overwrite: bool) -> int:
     """Bytes that overwriting what is at `path` frees."""
     if not path.exists() and not path.is_symlink():
         return 0

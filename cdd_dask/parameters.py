@@ -56,6 +56,10 @@ class Parameters:
     """Working type of the field: ``float32`` or ``float64``."""
 
     def __post_init__(self) -> None:
+        dtype: Any = self.dtype
+        if not isinstance(dtype, str):  # np.float32, or an array's dtype
+            name = getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)
+            object.__setattr__(self, "dtype", name)
         for name, allowed in (
             ("mode", MODES),
             ("kernel", KERNELS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import mul
 from typing import NoReturn
 
 from cdd_dask.blocks import Grid, haloed_voxels
@@ -18,8 +19,6 @@ from cdd_dask.time_stepping import Steps, channel_steps
 
 SMALLEST_CORE = 16
 """Blocks are not made smaller than this, nor than their halo's depth: they would be all halo."""
-SHORTEST_WORTHWHILE = 64
-"""Cores at most this long are not cut further just to give every worker a block."""
 CORE_MULTIPLE = 32
 """Longer cores are a multiple of this, so that chunks divide them well."""
 DISK_SPEED = 2e8
@@ -133,7 +132,9 @@ class _Draft:
     def peak(self, grid: Grid) -> int:
         """Bytes on the host of all tasks that run at once, and of an output kept there."""
         worst = max(self.task_peak(grid, depth) for depth in self.depths)
-        output = self.stored_fields(grid) * self.field_bytes if self.resources.in_memory else 0
+        # in memory a chunk is a block, and those at the edges are held at full size
+        stored = math.prod(map(mul, grid.counts, grid.block)) * self.parameters.itemsize
+        output = self.stored_fields(grid) * stored if self.resources.in_memory else 0
         return min(self.resources.tasks_per_budget, len(grid)) * worst + output
 
     def fits(self, grid: Grid) -> bool:
@@ -159,36 +160,29 @@ class _Draft:
         return grid.block
 
     def choose_block(self) -> tuple[int, ...]:
-        """The largest near-cubic core that fits, and enough of them for all workers."""
+        """The core that is done first, of those that fit: large, but enough for all workers."""
         grids = list(self._candidates())
         fitting = [grid for grid in grids if self.fits(grid)]
         if not fitting:
             grid = min(grids, key=self.peak)
             self.refuse(grid, f"even with blocks of {grid.block}, the plan", "")
-        # cut smaller than this, blocks would mostly be halo: some workers better stay idle
-        worthwhile = tuple(max(SHORTEST_WORTHWHILE, 4 * h) for h in self.deepest)
-        chosen = fitting[0]
-        for grid in fitting[1:]:
-            too_small = any(
-                after < before and after < bound
-                for after, before, bound in zip(grid.block, chosen.block, worthwhile, strict=True)
-            )
-            if len(chosen) >= self.resources.workers or too_small:
-                break
-            chosen = grid
-        return chosen.block
+        return min(fitting, key=self.longest_work).block
 
-    @property
-    def deepest(self) -> tuple[int, ...]:
-        """The deepest halo of all channels in voxels per axis."""
-        return tuple(max(along) for along in zip(*self.depths, strict=True))
+    def longest_work(self, grid: Grid) -> float:
+        """Voxel-steps of the worker that has the most to do, if blocks were all alike."""
+        boundary = self.parameters.boundary
+        work = sum(
+            steps.count * haloed_voxels(grid, depth, boundary)
+            for steps, depth in zip(self.steps, self.depths, strict=True)
+        )
+        rounds = -(-len(grid) // self.resources.workers)
+        return work * rounds / len(grid)
 
     def _candidates(self) -> Iterator[Grid]:
         """The whole volume, then ever smaller near-cubic blocks, down to the smallest sensible."""
         shape = self.volume.shape
-        least = tuple(
-            min(n, max(SMALLEST_CORE, h)) for n, h in zip(shape, self.deepest, strict=True)
-        )
+        deepest = [max(along) for along in zip(*self.depths, strict=True)]
+        least = tuple(min(n, max(SMALLEST_CORE, h)) for n, h in zip(shape, deepest, strict=True))
         counts = [1] * len(shape)
         while True:
             block = tuple(map(_core, shape, counts, least))
@@ -198,7 +192,7 @@ class _Draft:
                 return
             axis = max(divisible, key=lambda a: block[a])
             while _core(shape[axis], counts[axis], least[axis]) == block[axis]:
-                counts[axis] += 1
+                counts[axis] += 1 + counts[axis] // 32
 
     def refuse(self, grid: Grid, what: str, remedy: str) -> NoReturn:
         """Raise the `BudgetError` that says what `grid` needs and what would help."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from cdd_dask.engines import load_engine
@@ -13,7 +14,7 @@ from cdd_dask.parameters import Parameters, check_choice, check_count
 from cdd_dask.plans import Resources
 
 BASELINE = 140_000_000
-"""Bytes an interpreter with this package holds before any task."""
+"""Bytes a Dask worker with this package holds before any task."""
 BASELINE_TORCH = 320_000_000
 """The same with torch."""
 
@@ -94,40 +95,54 @@ def _on_client(
     parameters: Parameters, engine: str, device: str | None, budget: int | None, client: Any
 ) -> Resources:
     """Resources of the workers of a user's cluster."""
-    from cdd_dask.executors.dask import workers_of
+    from cdd_dask.executors.dask import all_have_gpus, workers_of
 
-    info = workers_of(client).values()
-    found = set(client.run(_probe_engine, engine, device, parameters.itemsize).values())
-    names = {probe[:2] for probe in found}
+    info = workers_of(client)
+    probes = client.run(_probe_engine, engine, device, parameters.itemsize)
+    names = {probe["engine"] for probe in probes.values()}
     if len(names) > 1:
         raise DeviceError(
             f"engine={engine!r} is not the same on all workers ({sorted(names)}): name an engine "
             "and a device that all have"
         )
     name, on_device = names.pop()
-    threads = max(worker["nthreads"] for worker in info)
-    baseline = BASELINE_TORCH if name == "torch" else BASELINE
-    limits = [worker["memory_limit"] for worker in info if worker["memory_limit"]]
-    default = max(1, min(limits) - baseline) if limits else available_memory() // (2 * len(info))
-    free = [probe[2] for probe in found if probe[2] is not None]
-    # loaded here only for what does not depend on the machine
-    chosen = load_engine(name, "cpu")
-    footprint = max((probe[3] for probe in found), key=lambda f: f.host + f.device)
+    one_task = all_have_gpus(info)
+    threads = 1 if one_task else max(worker["nthreads"] for worker in info.values())
+    free = []
+    for address, probe in probes.items():
+        if probe["device_memory"] is not None:
+            host = info[address]["host"]
+            sharing = sum(worker["host"] == host for worker in info.values())
+            alone = one_task and sharing <= probe["devices"]
+            free.append(probe["device_memory"] // (1 if alone else sharing * threads))
+    limits = [
+        worker["memory_limit"] - probes[address]["baseline"]
+        for address, worker in info.items()
+        if worker["memory_limit"]
+    ]
+    any_probe = next(iter(probes.values()))
     return Resources(
         engine=name,
         device=on_device,
         executor="distributed",
-        workers=sum(worker["nthreads"] for worker in info),
+        workers=len(info) if one_task else sum(worker["nthreads"] for worker in info.values()),
         tasks_per_budget=threads,
-        memory=budget or default,
+        memory=budget or (max(1, min(limits)) if limits else available_memory() // 2 // len(info)),
         threads=1,
-        footprint=footprint,
-        voxel_steps_per_second=chosen.voxel_steps_per_second,
-        device_memory=min(free) // threads if free else None,
+        footprint=any_probe["footprint"],
+        voxel_steps_per_second=any_probe["speed"],
+        device_memory=min(free) if free else None,
     )
 
 
-def _probe_engine(engine: str, device: str | None, itemsize: int) -> tuple[Any, ...]:
-    """What a worker has: engine, device, free device memory, footprint."""
+def _probe_engine(engine: str, device: str | None, itemsize: int) -> dict[str, Any]:
+    """What a worker has."""
     chosen = load_engine(engine, device)
-    return chosen.name, chosen.device, chosen.free_device_memory(), chosen.footprint(itemsize)
+    return {
+        "engine": (chosen.name, chosen.device),
+        "device_memory": chosen.free_device_memory(),
+        "devices": chosen.device_count(),
+        "footprint": chosen.footprint(itemsize),
+        "speed": chosen.voxel_steps_per_second,
+        "baseline": BASELINE_TORCH if "torch" in sys.modules else BASELINE,
+    }

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cdd_dask import store
+from cdd_dask.errors import CddError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.plans import Plan, Stage
@@ -62,22 +63,27 @@ def execute(
     ------
     NonFiniteError
         If the source holds a NaN or an infinity; the message says where the first one is.
-    BlockError
-        If a block cannot be computed.
+    RunError
+        If a block cannot be computed, or the store cannot be written.
     """
     totals: dict[str, Statistics] = {}
     stored = _working_fields(plan)
-    for stages in stage_groups(plan):
-        before, after = stages[0].number - 1, stages[-1].number
-        if after in stored:
-            store.create_working_field(address, after, plan.grid, plan.parameters.dtype)
-        _run_stages(plan, source, Batch(address, run, stages), executor, progress, totals)
-        if before in stored:  # nothing needs what these stages started from any more
-            store.remove_working_field(address, before)
-    names = [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
-    field = totals["source"]
-    outcome = {"source_statistics": field.as_dict(), "error": _error_kind(plan, field)}
-    store.finish_store(address, [totals[name].as_dict() for name in names], outcome)
+    try:
+        for stages in stage_groups(plan):
+            before, after = stages[0].number - 1, stages[-1].number
+            if after in stored:
+                store.create_working_field(address, run, after, plan.grid, plan.parameters.dtype)
+            _run_stages(plan, source, Batch(address, run, stages), executor, progress, totals)
+            if before in stored:  # nothing needs what these stages started from any more
+                store.remove_working_field(address, run, before)
+        names = [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
+        field = totals["source"]
+        outcome = {"source_statistics": field.as_dict(), "error": _error_kind(plan, field)}
+        store.finish_store(address, run, [totals[name].as_dict() for name in names], outcome)
+    except (OSError, StoreError) as error:
+        if isinstance(error, CddError) and not isinstance(error, StoreError):
+            raise
+        raise RunError(f"the run stopped, and {address} is left incomplete: {error}") from error
 
 
 def stage_groups(plan: Plan) -> list[tuple[Stage, ...]]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdd_dask.blocks import Grid, Region, storage_chunks
+from cdd_dask.blocks import Grid, Region, pieces, storage_chunks
 from cdd_dask.errors import StoreError
 from cdd_dask.readers.regions import read_region
 
@@ -192,36 +192,80 @@ def _ome_multiscales(name: str, dimension_names: tuple[str, ...]) -> dict[str, A
     }
 
 
-def create_working_field(address: str, k: int, grid: Grid, dtype: str) -> None:
+def root_of_run(address: str, run: str, mode: str = "r") -> zarr.Group:
+    """The root of a store, which must still be the one that the run called `run` made.
+
+    Raises
+    ------
+    StoreError
+        If the store was replaced, or is gone.
+    """
+    from zarr.errors import BaseZarrError
+
+    try:
+        root = open_root(address, mode)
+        attributes: Any = root.attrs[KEY]
+        owner = attributes["run"]
+    except (FileNotFoundError, BaseZarrError, KeyError, TypeError) as error:
+        raise StoreError(f"the store at {address} is gone: was it deleted?") from error
+    if owner != run:
+        raise StoreError(f"the store at {address} was replaced by another run")
+    return root
+
+
+def create_working_field(address: str, run: str, k: int, grid: Grid, dtype: str) -> None:
     """Make room for the working field that channel `k` starts from."""
-    _create_field(open_root(address, "r+"), field_path(k), grid, dtype)
+    _create_field(root_of_run(address, run, "r+"), field_path(k), grid, dtype)
 
 
-def remove_working_field(address: str, k: int) -> None:
+def remove_working_field(address: str, run: str, k: int) -> None:
     """Delete a working field that nothing needs any more, and `work` when it is empty."""
-    root = open_root(address, "r+")
+    root = root_of_run(address, run, "r+")
     del root[field_path(k)]
     if not list(root["work"].keys()):  # type: ignore[union-attr]
         del root["work"]
 
 
 def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
-    """The values of `region`, which may run beyond the array and is then read modulo its shape."""
-    return read_region(_open_array(address, path), region)
+    """The values of `region`, which may run beyond the array and is then read modulo its shape.
+
+    Raises
+    ------
+    StoreError
+        If a shard is not there: Zarr would read it as zeros.
+    """
+    from zarr.core.sync import sync
+
+    array = _open_array(address, path)
+    unit = array.shards or array.chunks
+    touched = [
+        sorted({source.start // u for _, source in pieces(s.start, s.stop, n, u)})
+        for s, n, u in zip(region, array.shape, unit, strict=True)
+    ]
+    for place in itertools.product(*touched):
+        if not sync(array.store.exists(_shard_key(array, place))):
+            raise StoreError(f"{address}: {path} lacks its shard {place}")
+    return read_region(array, region)
 
 
 def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> None:
     """Write one block's core: a whole shard, which no other task writes."""
     from zarr.core.sync import sync
 
-    array = _open_array(address, path, "r+")
-    # Zarr reads a shard before it writes one: a torn shard would make every retry fail
-    unit = array.shards or array.chunks
-    place = tuple(s.start // n for s, n in zip(core, unit, strict=True))
-    key = array.metadata.encode_chunk_key(place)
-    sync(array.store.delete(f"{array.path}/{key}"))
     # the setting is not stored with the array: a block of zeros must leave its chunks
-    array.with_config({"write_empty_chunks": True})[core] = values
+    array = _open_array(address, path, "r+").with_config({"write_empty_chunks": True})
+    try:
+        array[core] = values
+    except ValueError:
+        # Zarr reads a shard before it writes it, and a torn one would make every retry fail
+        unit = array.shards or array.chunks
+        place = tuple(s.start // n for s, n in zip(core, unit, strict=True))
+        sync(array.store.delete(_shard_key(array, place)))
+        array[core] = values
+
+
+def _shard_key(array: zarr.Array[Any], place: tuple[int, ...]) -> str:
+    return f"{array.path}/{array.metadata.encode_chunk_key(place)}"
 
 
 def rehearse() -> None:
@@ -250,10 +294,10 @@ def _open_array(address: str, path: str, mode: str = "r") -> zarr.Array[Any]:
 
 
 def finish_store(
-    address: str, statistics: Sequence[dict[str, Any]], attributes: dict[str, Any]
+    address: str, run: str, statistics: Sequence[dict[str, Any]], attributes: dict[str, Any]
 ) -> None:
     """Write every output's statistics, then `attributes` and, last of all, that it is complete."""
-    root = open_root(address, "r+")
+    root = root_of_run(address, run, "r+")
     names = [*map(channel_name, range(len(statistics) - 1)), RESIDUAL]
     for name, numbers in zip(names, statistics, strict=True):
         _update(root[name], {"statistics": numbers})

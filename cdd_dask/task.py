@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,9 +60,15 @@ class _Job:
     grid: Grid
     depths: dict[int, tuple[int, ...]]
     steps: tuple[Steps, ...]
-    engine: Engine
+    engine_name: str
+    device: str
     source: str
     copy_in: bool
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine, loaded when it first computes: a process that only copies needs none."""
+        return load_engine(self.engine_name, self.device)
 
     def has_source(self, stage: int) -> bool:
         """Whether `stage` starts from the source rather than from a working field."""
@@ -112,6 +118,7 @@ def run_task(task: Task) -> TaskResult:
         If anything else goes wrong; the message names the block, its region and the cause.
     """
     try:
+        store.root_of_run(task.address, task.run)  # also where the job is known already
         return _run(_load_job(task.address, task.run), task)
     except NonFiniteError:
         raise
@@ -146,19 +153,17 @@ def _reason(error: BaseException) -> str:
 @lru_cache(maxsize=4)
 def _load_job(address: str, run: str) -> _Job:
     return_freed_memory()
-    attributes: Any = store.open_root(address).attrs[store.KEY]
-    if attributes["run"] != run:
-        raise BlockError(f"the store at {address} belongs to another run by now")
+    attributes: Any = store.root_of_run(address, run).attrs[store.KEY]
     plan = attributes["plan"]
     parameters = Parameters(**attributes["parameters"])
     shape = tuple(plan["volume"]["shape"])
-    engine = load_engine(plan["resources"]["engine"], plan["resources"]["device"])
     return _Job(
         parameters=parameters,
         grid=Grid(shape, tuple(plan["block"])),
         depths={stage["number"]: tuple(stage["depth"]) for stage in plan["stages"]},
         steps=channel_steps(parameters, tuple(attributes["edges"]), len(shape)),
-        engine=engine,
+        engine_name=plan["resources"]["engine"],
+        device=plan["resources"]["device"],
         source=attributes["source"]["address"],
         copy_in=plan["copy_in"],
     )

@@ -168,23 +168,23 @@ def test_strict_halos_give_the_same_bits(
 ):
     """``rtol=0``: every choice of blocks, and none, gives the same bits, whatever the signs.
 
-    Their halos of 40 and 120 voxels leave much of the 700 out, so blocks really are computed
+    Their halos of 20 and 60 voxels leave much of the 700 out, so blocks really are computed
     from different data.
     """
     field = lognormal((700, 3), seed=1) - 1
-    options = {"max_scale": 2, "e_rel": 0.05, "rtol": 0, "boundary": boundary, "cval": 0.3}
+    options = {"max_scale": 2, "e_rel": 0.1, "rtol": 0, "boundary": boundary, "cval": 0.3}
     options |= CONSTRAINTS[constraint]
-    plans = [cdd_dask.plan(field, max_scale=2, rtol=0, e_rel=0.05, block=(b, 3)) for b in (150, 97)]
+    plans = [cdd_dask.plan(field, max_scale=2, rtol=0, e_rel=0.1, block=(b, 3)) for b in (150, 97)]
     for plan in plans:
         largest = max(stage.haloed_voxels for stage in plan.stages) / len(plan.grid)
-        assert largest < 0.75 * field.size
+        assert largest < 0.5 * field.size
         assert all(stage.error == "exact" for stage in plan.stages)
     whole = outputs(field, block=(700, 3), **options)
     for block in [(150, 3), (97, 2)]:
         assert np.array_equal(outputs(field, block=block, **options), whole)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(block=st.tuples(st.integers(60, 300), st.integers(1, 2), st.integers(2, 5)))
 def test_strict_halos_give_the_same_bits_in_3d(
     outputs: Any, lognormal: Any, block: tuple[int, ...]
@@ -201,7 +201,7 @@ def test_strict_halos_give_the_same_bits_with_torch(outputs: Any, lognormal: Any
     """The other engine keeps the promise too."""
     pytest.importorskip("torch")
     field = lognormal((700, 3), seed=1)
-    options = {"max_scale": 2, "e_rel": 0.05, "rtol": 0, "engine": "torch", "device": "cpu"}
+    options = {"max_scale": 2, "e_rel": 0.1, "rtol": 0, "engine": "torch", "device": "cpu"}
     whole = outputs(field, block=(700, 3), **options)
     for block in [(150, 3), (97, 3), (233, 2)]:
         assert np.array_equal(outputs(field, block=block, **options), whole)

@@ -12,8 +12,8 @@ from cdd_dask.blocks import (
     LARGEST_CHUNK,
     Grid,
     haloed_block,
+    haloed_shape,
     haloed_voxels,
-    largest_haloed_block,
     pieces,
     storage_chunks,
 )
@@ -119,7 +119,7 @@ def test_counted_voxels_are_the_voxels_read(haloed: tuple[Grid, tuple[int, ...]]
         for number in range(len(grid))
     ]
     assert haloed_voxels(grid, depth, boundary) == sum(sizes)
-    assert largest_haloed_block(grid, depth, boundary) == max(sizes)
+    assert math.prod(haloed_shape(grid, depth, boundary)) == max(sizes)
 
 
 @given(st.integers(-30, 30), st.integers(1, 40), st.integers(1, 13), st.integers(1, 15))

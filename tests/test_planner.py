@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import cdd_dask
 from cdd_dask.errors import BudgetError, InputError
 from cdd_dask.memory import TASK_OVERHEAD
+from cdd_dask.planner import SMALLEST_CORE
 
 SIDES = st.sampled_from([1, 5, 40, 100, 333, 1000])
 SHAPES = st.lists(SIDES, min_size=1, max_size=3).map(tuple)
@@ -119,7 +120,23 @@ def test_workers_share_the_memory():
 def test_every_worker_gets_a_block_where_that_pays():
     """A volume that fits as one block is cut for eight workers, but not into slivers."""
     assert len(cdd_dask.plan((512,) * 3, max_scale=4, memory=AMPLE, **pool(8)).grid) >= 8
-    assert len(cdd_dask.plan((40,) * 3, max_scale=4, memory=AMPLE, **pool(8)).grid) == 1
+    whole = cdd_dask.plan((64,) * 3, max_scale=32, memory=AMPLE, **pool(2))
+    assert len(whole.grid) == 1  # two halves would each read nearly all of it
+
+
+def test_the_demo_is_cut_into_blocks():
+    """The options of `scripts/demo.sh` force its 128 cubed volume into at least 8 blocks."""
+    script = (Path(__file__).parent.parent / "scripts" / "demo.sh").read_text()
+    memory = re.search(r"--memory (\w+) --workers 2", script)
+    assert memory
+    plan = cdd_dask.plan((128,) * 3, max_scale=8, memory=memory[1], workers=2)
+    assert len(plan.grid) >= 8
+
+
+def test_a_long_axis_is_planned_at_once():
+    """Ten million voxels in a row: no step of the planner goes through them one by one."""
+    plan = cdd_dask.plan((10_000_000,), max_scale=64, memory="20MB")
+    assert plan.peak_memory <= 20_000_000
 
 
 def test_memory_grows_with_what_is_held():

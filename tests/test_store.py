@@ -14,7 +14,7 @@ import zarr
 import cdd_dask
 from cdd_dask import store
 from cdd_dask.blocks import Grid
-from cdd_dask.errors import CddError, InputError, StoreError
+from cdd_dask.errors import BlockError, CddError, InputError, RunError, StoreError
 
 FAST: dict[str, Any] = {"max_scale": 2, "e_rel": 0.3, "progress": False}
 OUTPUTS = ("channel_00", "channel_01", "residual")
@@ -145,9 +145,9 @@ def test_working_fields_come_and_go(
     out, seen = tmp_path / "out.zarr", []
     original = store.remove_working_field
 
-    def remove(address: str, k: int) -> None:
+    def remove(address: str, run: str, k: int) -> None:
         seen.append(sorted(path.name for path in (out / "work").glob("field_*")))
-        original(address, k)
+        original(address, run, k)
 
     monkeypatch.setattr(store, "remove_working_field", remove)
     decomposed(out, lognormal, max_scale=4)
@@ -298,3 +298,42 @@ def test_a_store_in_memory_is_the_same_without_a_path(tmp_path: Path, lognormal:
     assert in_memory.table() == on_disk.table()
     with pytest.raises(InputError, match="keep what decompose returned"):
         cdd_dask.open_decomposition(in_memory._address)
+
+
+def test_a_missing_shard_of_a_working_field_stops_the_run(
+    tmp_path: Path, lognormal: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Zarr would read it as zeros; a run must not go on with those."""
+    out = tmp_path / "out.zarr"
+    original = store.create_working_field
+
+    def create(address: str, run: str, k: int, *rest: Any) -> None:
+        if k == 1:
+            next((out / "work" / "field_00" / "c").rglob("0")).unlink()
+        original(address, run, k, *rest)
+
+    monkeypatch.setattr(store, "create_working_field", create)
+    with pytest.raises(BlockError, match="lacks its shard"):
+        decomposed(out, lognormal, 2, max_scale=4)
+    with pytest.raises(StoreError, match="not complete"):
+        cdd_dask.open_decomposition(out)
+
+
+def test_a_replaced_store_is_left_alone(
+    tmp_path: Path, lognormal: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """A run whose store another run replaced stops, and does not declare that one complete."""
+    out = tmp_path / "out.zarr"
+    original = store.finish_store
+
+    def finish(*arguments: Any) -> None:
+        monkeypatch.setattr(store, "finish_store", original)
+        attributes = store.open_root(str(out), "r+").attrs
+        attributes[store.KEY] = {**attributes[store.KEY], "run": "another"}
+        original(*arguments)
+
+    monkeypatch.setattr(store, "finish_store", finish)
+    with pytest.raises(RunError, match="replaced by another run"):
+        decomposed(out, lognormal)
+    with pytest.raises(StoreError, match="not complete"):
+        cdd_dask.open_decomposition(out)

@@ -40,6 +40,8 @@ class Footprint:
     """On the host, the block itself included."""
     device: int
     """On the device; 0 where the engine computes on the host."""
+    line: int = 0
+    """On the host, per voxel of the block's longest side alone."""
 
 
 class Engine(ABC):
@@ -84,6 +86,10 @@ class Engine(ABC):
     def free_device_memory(self) -> int | None:
         """Free bytes on the device; None where the engine computes on the host."""
         return None
+
+    def device_count(self) -> int:
+        """Number of such devices on this machine."""
+        return 1
 
     @abstractmethod
     def limit_threads(self, count: int) -> int:

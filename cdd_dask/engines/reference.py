@@ -29,8 +29,9 @@ class ReferenceEngine(Engine):
         return field
 
     def footprint(self, itemsize: int) -> Footprint:
-        # the field, its smoothed copy in float64, and two masks for the signs
-        return Footprint(host=itemsize + 8 + 2, device=0)
+        # the field, its smoothed copy in float64, and two masks for the signs; SciPy holds two
+        # lines in float64
+        return Footprint(host=itemsize + 8 + 2, device=0, line=16)
 
     def limit_threads(self, count: int) -> int:
         return 1  # `scipy.ndimage` runs on the caller's thread alone

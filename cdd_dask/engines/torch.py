@@ -72,6 +72,11 @@ class TorchEngine(Engine):
             return int(torch.mps.recommended_max_memory())
         return None
 
+    def device_count(self) -> int:
+        import torch
+
+        return int(torch.cuda.device_count()) if self.device.startswith("cuda") else 1
+
     def limit_threads(self, count: int) -> int:
         import torch
 

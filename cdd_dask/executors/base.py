@@ -18,6 +18,11 @@ Result = TypeVar("Result")
 
 TRIES = 3
 """How often a task is tried that fails for a passing reason."""
+NO_PROCESSES = (
+    "the worker processes cannot start: in a script, put the call under "
+    '`if __name__ == "__main__":`, because each of them imports the script; or use '
+    'executor="threads"'
+)
 PASSING_ERRNOS = frozenset(
     (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY)
 )

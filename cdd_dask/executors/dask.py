@@ -9,8 +9,10 @@ from collections.abc import Callable, Collection, Iterable
 from importlib.util import find_spec
 from typing import Any
 
-from cdd_dask.errors import InputError
-from cdd_dask.executors.base import Executor
+from distributed import WorkerPlugin
+
+from cdd_dask.errors import InputError, RunError
+from cdd_dask.executors.base import NO_PROCESSES, Executor
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +20,8 @@ WINDOW_PER_THREAD = 4
 """Tasks in flight for each of a cluster's threads: enough to hide the scheduler's latency."""
 LARGEST_WINDOW = 256
 """More in flight only burden the scheduler, unless that leaves threads idle."""
+SECONDS_FOR_THE_LAST = 600.0
+"""How long a failed run waits for blocks that its workers still compute."""
 
 
 class DaskExecutor(Executor):
@@ -41,14 +45,16 @@ class DaskExecutor(Executor):
         if client is None:
             self._cluster, client = start_local_cluster(workers)
         self.client = client
-        info = workers_of(client)
-        client.run(prepare)
+        self._run = uuid.uuid4().hex[:8]
+        try:
+            client.register_plugin(_Prepare(prepare), name=f"cdd-dask-{self._run}")
+            info = workers_of(client)
+        except BaseException:
+            self.close()
+            raise
         threads = sum(worker["nthreads"] for worker in info.values())
         self.window = max(8, min(WINDOW_PER_THREAD * threads, max(LARGEST_WINDOW, 2 * threads)))
-        # a resource that no worker declares would leave tasks pending for ever
-        gpus = [worker for worker in info.values() if worker["resources"].get("GPU")]
-        self._resources = {"GPU": 1} if info and len(gpus) == len(info) else {}
-        self._run = uuid.uuid4().hex[:8]
+        self._resources = {"GPU": 1} if all_have_gpus(info) else {}
 
     def submit(self, function: Callable[[Any], Any], task: Any, name: str, number: int) -> Any:
         # the dashboard shows a key's first part, up to the first hyphen before a digit; so the
@@ -75,19 +81,40 @@ class DaskExecutor(Executor):
             return
         self.client.cancel(list(futures), force=True)
         # what has begun cannot be stopped, and must not write after its run has ended
-        while any(self.client.run(_computes, self._run).values()):
+        patience = time.monotonic() + SECONDS_FOR_THE_LAST
+        while any(self.client.run(_computes, self._run, on_error="ignore").values()):
+            if time.monotonic() > patience:
+                log.warning("workers still compute blocks of a run that has ended")
+                return
             time.sleep(0.05)
 
     def close(self) -> None:
         if self._cluster is not None:
             self.client.close()
             self._cluster.close()
+        elif self.client.status == "running":
+            self.client.unregister_worker_plugin(f"cdd-dask-{self._run}")
+
+
+class _Prepare(WorkerPlugin):  # type: ignore[misc]  # distributed is not typed
+    """Makes a worker ready when it joins: also one that comes late, or again."""
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
+
+    def setup(self, worker: Any) -> None:
+        self._prepare()
+
+
+def all_have_gpus(info: dict[str, Any]) -> bool:
+    """Whether every worker declares the resource ``GPU``; asked for otherwise, tasks would hang."""
+    return all(worker["resources"].get("GPU") for worker in info.values())
 
 
 def _computes(run: str, dask_worker: Any) -> bool:
     """Whether a worker still computes a task of a run, cancelled or not."""
-    busy = ("executing", "long-running", "cancelled", "resumed")
     tasks = list(dask_worker.state.tasks.values())
+    busy = ("executing", "long-running", "cancelled")
     return any(task.state in busy and run in str(task.key) for task in tasks)
 
 
@@ -102,13 +129,16 @@ def start_local_cluster(workers: int) -> tuple[Any, Any]:
         "distributed.worker.profile.enabled": False,
     }
     with dask.config.set(settings):
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.ERROR,
-        )
+        try:
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.ERROR,
+            )
+        except RuntimeError as error:
+            raise RunError(NO_PROCESSES) from error
         if find_spec("bokeh"):
             log.info("dashboard at %s", cluster.dashboard_link)
         return cluster, Client(cluster)

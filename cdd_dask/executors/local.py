@@ -9,7 +9,8 @@ from concurrent import futures as pools
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from cdd_dask.executors.base import Executor
+from cdd_dask.errors import RunError
+from cdd_dask.executors.base import NO_PROCESSES, Executor
 
 
 class ThreadsExecutor(Executor):
@@ -26,7 +27,7 @@ class ThreadsExecutor(Executor):
         return pools.wait(futures, return_when=pools.FIRST_COMPLETED).done
 
     def worker_died(self, error: BaseException) -> bool:
-        return isinstance(error, BrokenProcessPool)
+        return False
 
     def cancel(self, futures: Collection[Any]) -> None:
         super().cancel(futures)
@@ -59,7 +60,12 @@ class ProcessesExecutor(ThreadsExecutor):
             initializer=self._prepare,
         )
         # a pool starts a process when a task finds none idle: have all of them now
-        pools.wait([pool.submit(os.getpid) for _ in range(self._workers)])
+        try:
+            pools.wait([pool.submit(os.getpid) for _ in range(self._workers)])
+            pool.submit(os.getpid).result()
+        except BrokenProcessPool as error:
+            pool.shutdown(wait=False)
+            raise RunError(NO_PROCESSES) from error
         return pool
 
     def submit(self, function: Callable[[Any], Any], task: Any, name: str, number: int) -> Any:
@@ -68,6 +74,9 @@ class ProcessesExecutor(ThreadsExecutor):
         except BrokenProcessPool:  # a worker died, and its future is still to be seen
             self.recover()
             return super().submit(function, task, name, number)
+
+    def worker_died(self, error: BaseException) -> bool:
+        return isinstance(error, BrokenProcessPool)
 
     def recover(self) -> None:
         # every future of the broken pool says so: only the first needs a new one

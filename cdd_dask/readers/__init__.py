@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdd_dask.blocks import Region
+from cdd_dask.blocks import Grid, Region
 from cdd_dask.errors import InputError, SourceNotFoundError, SourceReadError
 from cdd_dask.readers.arrays import known_array, open_array, open_npy
 from cdd_dask.readers.base import Source
 
 FITS_SUFFIXES = (".fits", ".fit", ".fts", ".fits.gz", ".fits.fz", ".fits.bz2")
-SCAN_BYTES = 64_000_000
+SCAN_BYTES = 16_000_000
 """Bytes that a search for a bad value reads at a time."""
 
 __all__ = ["NonFiniteError", "Source", "locate_nonfinite", "open_source", "read_finite"]
@@ -98,11 +98,13 @@ def read_finite(source: Source, region: Region, dtype: str) -> NDArray[Any]:
 
 def locate_nonfinite(source: Source, dtype: str) -> NonFiniteError:
     """The error that tells where the first NaN or infinity of `source` is, in C order."""
-    row_bytes = max(1, int(np.prod(source.shape[1:]))) * source.dtype.itemsize
-    rows = max(1, SCAN_BYTES // row_bytes)
-    rest = tuple(slice(0, n) for n in source.shape[1:])
-    for start in range(0, source.shape[0], rows):
-        region = (slice(start, min(start + rows, source.shape[0])), *rest)
+    # as many of the last axes as fit at once: the slabs then follow each other in C order
+    slab, left = [1] * len(source.shape), SCAN_BYTES // source.dtype.itemsize
+    for axis in reversed(range(len(source.shape))):
+        slab[axis] = max(1, min(source.shape[axis], left))
+        left //= source.shape[axis]
+    grid = Grid(source.shape, tuple(slab))
+    for region in map(grid.core, range(len(grid))):
         raw = source.read(region)
         with np.errstate(over="ignore"):
             values = raw.astype(dtype)
@@ -110,7 +112,7 @@ def locate_nonfinite(source: Source, dtype: str) -> NonFiniteError:
         if not len(bad):
             continue
         local = np.unravel_index(bad[0], values.shape)
-        place = (start + int(local[0]), *map(int, local[1:]))
+        place = tuple(s.start + int(i) for s, i in zip(region, local, strict=True))
         value = raw[local]
         if np.isnan(value):
             blank = " (every voxel looked at is)" if len(bad) == values.size else ""

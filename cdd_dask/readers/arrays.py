@@ -61,6 +61,7 @@ def open_array(array: Any) -> Source:
         dtype=np.dtype(array.dtype),
         read=partial(read_region, array),
         dimension_names=names,
+        chunk=_chunk(array),
     )
     _sources[source.address] = source
     return source
@@ -69,6 +70,14 @@ def open_array(array: Any) -> Source:
 def known_array(address: str) -> Source:
     """The source that `open_array` gave `address`, while it is in use."""
     return _sources[address]
+
+
+def _chunk(array: Any) -> tuple[int, ...] | None:
+    """Shape of what a lazy array computes at once: its largest chunk."""
+    sides = getattr(array, "chunks", None)
+    if not sides:  # none, or Zarr's and dask's empty tuple for no axes
+        return None
+    return tuple(max(side) if isinstance(side, tuple) else int(side) for side in sides)
 
 
 def _from_numbers(source: Any) -> NDArray[Any]:

@@ -45,7 +45,7 @@ def open_fits(path: Path) -> Source:
             hdu = next((h for h in hdus if h.is_image and h.header.get("NAXIS", 0) > 0), None)
             if hdu is None:
                 raise SourceReadError(f"{path} holds no FITS image")
-            if isinstance(hdu, fits.CompImageHDU) or path.suffix in (".gz", ".fz", ".bz2"):
+            if isinstance(hdu, fits.CompImageHDU) or _is_packed(path):
                 raise SourceReadError(
                     f"{path} is compressed and cannot be mapped: uncompress it first "
                     "(gunzip, funpack)"
@@ -87,6 +87,12 @@ def open_fits(path: Path) -> Source:
         dimension_names=_axis_names(header, len(shape)),
         header=header.tostring(sep="\n"),
     )
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a whole file is compressed, whatever it is called: astropy would unpack it."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"\x1f\x8b", b"BZ", b"PK", b"\x1f\x9d", b"\xfd7")
 
 
 def _axis_names(header: Any, ndim: int) -> tuple[str, ...] | None:
