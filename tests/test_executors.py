@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 import cdd_dask
-from cdd_dask.errors import BlockError, InputError
+from cdd_dask.errors import BlockError, CddError, InputError
 from cdd_dask.executors import Executor, start_executor
 from cdd_dask.executors.base import TRIES
 from cdd_dask.progress import Progress
@@ -255,12 +255,12 @@ def test_a_cluster_that_lost_all_workers_does_not_hang():
         seen = [next(results)]
         for nanny in list(pool._cluster.workers.values()):  # type: ignore[attr-defined]
             pool._cluster.sync(nanny.close)  # type: ignore[attr-defined]
+        stopped = False
         try:
             seen += list(results)
-        except BlockError as error:
-            assert "worker" in str(error)
-        else:
-            assert sorted(seen) == [n**2 for n in range(100)]
+        except CddError:
+            stopped = True
+    assert stopped or sorted(seen) == [n**2 for n in range(100)]
 
 
 def test_suspects_are_tried_alone():

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 import cdd_dask
 from cdd_dask.errors import BudgetError, InputError
 from cdd_dask.memory import TASK_OVERHEAD
-from cdd_dask.planner import SMALLEST_CORE
 
 SIDES = st.sampled_from([1, 5, 40, 100, 333, 1000])
 SHAPES = st.lists(SIDES, min_size=1, max_size=3).map(tuple)
