@@ -11,8 +11,9 @@ from cdd_dask.blocks import Grid, haloed_shape, storage_chunks
 from cdd_dask.engines.base import Footprint
 from cdd_dask.errors import InputError
 
-TASK_OVERHEAD = 6_000_000
-"""Bytes that a task holds besides its arrays: buffers of the I/O pool and small objects."""
+TASK_OVERHEAD = 10_000_000
+"""Bytes that a task holds besides its arrays: buffers of the I/O pool, small objects, and by how
+much its process and the scheduler grow in a long run."""
 CHUNKS_IN_FLIGHT = 10
 """Inner chunks that Zarr decodes at once (its setting ``async.concurrency``)."""
 

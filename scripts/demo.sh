@@ -24,7 +24,7 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
 else
     source=$work/turbulence.npy
     # too little memory for the whole cube: it is computed in blocks
-    budget+=(--memory 45MB --workers 2)
+    budget+=(--memory 50MB --workers 2)
     [ -f "$source" ] || "$venv/bin/python" "$here/scripts/turbulence.py" "$source" --size 128
 fi
 name=$(basename "$source")
