@@ -57,8 +57,8 @@ def scale_edges(parameters: Parameters, shape: tuple[int, ...]) -> tuple[float, 
         count = math.floor(min(intervals, MOST_CHANNELS)) + 1
     if count > MOST_CHANNELS:
         raise InputError(
-            f"the edges make more channels than {MOST_CHANNELS}, at most allowed: space the scale edges wider (raise min_scale, "
-            "log_scale_base or linear_scale_step) or lower num_channels"
+            f"the scale edges make more than {MOST_CHANNELS} channels, at most allowed: space them "
+            "wider (raise min_scale, log_scale_base or linear_scale_step) or lower num_channels"
         )
     if step is not None:
         edges = tuple(low + i * step for i in range(count))

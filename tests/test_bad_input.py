@@ -269,7 +269,7 @@ def test_clients_and_their_contradictions(tmp_path: Path, arguments: dict[str, A
 
 def test_a_budget_too_small(tmp_path: Path):
     """A `MemoryError` with both numbers, before anything is written."""
-    with pytest.raises(MemoryError, match=r"needs 6\.\d+ MB .*memory allows 1 MB: raise") as error:
+    with pytest.raises(MemoryError, match=r"needs [\d.]+ MB .*memory allows 1 MB: raise") as error:
         cdd_dask.decompose(FIELD, tmp_path / "out.zarr", memory="1MB", **FAST)
     assert isinstance(error.value, BudgetError)
     assert list(tmp_path.iterdir()) == []

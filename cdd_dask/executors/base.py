@@ -40,7 +40,7 @@ class Executor(ABC):
     window: int
     """Largest number of tasks submitted and not finished."""
     tries_per_death: int = TRIES
-    """How often a task may lose its worker; 1 where the pool itself has tried again."""
+    """How often a task may lose its worker; fewer where the pool itself has tried again."""
 
     @abstractmethod
     def submit(self, function: Callable[[Any], Any], task: Any, name: str, number: int) -> Any:

@@ -38,7 +38,9 @@ class DaskExecutor(Executor):
         Called in every worker before the first task; importable by its name.
     """
 
-    tries_per_death = 1  # the scheduler has tried again, `allowed-failures` times
+    # the scheduler has tried again, `allowed-failures` times, but counts a death against every
+    # task that waited on the worker: alone, once more, tells which of them kills
+    tries_per_death = 2
 
     def __init__(self, client: Any, workers: int, prepare: Callable[[], None]) -> None:
         self._cluster = None
@@ -139,6 +141,8 @@ def start_local_cluster(workers: int) -> tuple[Any, Any]:
             )
         except RuntimeError as error:
             raise RunError(NO_PROCESSES) from error
+        # a nanny gives up a worker that dies while it starts: have the cluster make another
+        cluster.adapt(minimum=workers, maximum=workers, interval="1s")
         if find_spec("bokeh"):
             log.info("dashboard at %s", cluster.dashboard_link)
         return cluster, Client(cluster)
