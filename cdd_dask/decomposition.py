@@ -44,14 +44,32 @@ class Decomposition:
     """
 
     def __init__(self, address: str, root: zarr.Group) -> None:
-        self._address, self._root = address, root
+        self._address = address
         attributes: Any = root.attrs[store.KEY]
         self.attrs: Mapping[str, Any] = MappingProxyType(attributes)
         self.scales: NDArray[np.float64] = np.array(attributes["edges"], np.float64)
         self.parameters = Parameters(**attributes["parameters"])
-        names = map(store.channel_name, range(len(self.scales)))
-        self.channels: tuple[Any, ...] = tuple(root[store.image_path(name)] for name in names)
-        self.residual: Any = root[store.image_path(store.RESIDUAL)]
+        names = [*map(store.channel_name, range(len(self.scales))), store.RESIDUAL]
+        images: list[Any] = [root[store.image_path(name)] for name in names]
+        self.channels: tuple[Any, ...] = tuple(images[:-1])
+        self.residual: Any = images[-1]
+        self._groups: dict[str, Any] = {name: dict(root[name].attrs)[store.KEY] for name in names}
+        self._check(attributes, images)
+
+    def _check(self, attributes: Any, images: list[Any]) -> None:
+        """Refuse attributes that nobody could work with; they may have been edited."""
+        shape, block = tuple(attributes["plan"]["volume"]["shape"]), attributes["plan"]["block"]
+        if any(image.shape != shape for image in images):
+            raise ValueError(f"its arrays do not all have the shape {shape}")
+        if len(block) != len(shape) or not all(isinstance(b, int) and b > 0 for b in block):
+            raise ValueError(f"its blocks cannot have the shape {block}")
+        if not all(
+            isinstance(attributes["source"][key], str) for key in ("description", "address")
+        ):
+            raise ValueError("it does not know its source")
+        wanted = {"scale_from", "scale_to"} | ({"statistics"} if attributes["complete"] else set())
+        if any(wanted - group.keys() for group in self._groups.values()):
+            raise ValueError("its groups lack their scales or statistics")
 
     @property
     def path(self) -> str | None:
@@ -86,15 +104,8 @@ class Decomposition:
 
     def outputs(self) -> Iterator[tuple[str, float, float | None, dict[str, Any]]]:
         """Name, lower and upper scale in voxels, and statistics of every output."""
-        names = [*map(store.channel_name, range(len(self.scales))), store.RESIDUAL]
-        for name in names:
-            attributes: Any = self._root[name].attrs[store.KEY]
-            yield (
-                name,
-                attributes["scale_from"],
-                attributes["scale_to"],
-                attributes.get("statistics", {}),
-            )
+        for name, group in self._groups.items():
+            yield name, group["scale_from"], group["scale_to"], group.get("statistics", {})
 
     def shares(self) -> list[float]:
         """Share of every output (channels, then residual) in the sum of all ``Σ |values|``."""
@@ -104,7 +115,7 @@ class Decomposition:
         return [part / total if total else 0.0 for part in sums]
 
     def _check_complete(self) -> None:
-        if not self.attrs["complete"]:
+        if self.attrs["complete"] is not True:
             raise StoreError(f"{self.path} is not complete: it has no statistics yet")
 
     def table(self) -> str:
@@ -121,7 +132,7 @@ class Decomposition:
         size = " × ".join(map(str, self.shape))
         scales = ", ".join(f"{edge:g}" for edge in self.scales)
         volume = format_bytes(int(np.prod(self.shape)) * self.parameters.itemsize)
-        state = "" if self.attrs["complete"] else "INCOMPLETE "
+        state = "" if self.attrs["complete"] is True else "INCOMPLETE "
         return (
             f"<{state}Decomposition of {size} {self.parameters.dtype} voxels ({volume} a channel) "
             f"into {len(self.scales)} channels and a residual\n"
@@ -173,12 +184,12 @@ def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> D
             f"{address} has format version {version}, this version of cdd-dask reads "
             f"{store.FORMAT_VERSION}: install the one that wrote it"
         )
-    if not complete and not allow_incomplete:
+    if complete is not True and not allow_incomplete:
         raise StoreError(
             f"{address} is not complete: its run is still going on, or was stopped. Run it again "
             "with overwrite=True, or look at what is there with allow_incomplete=True"
         )
     try:
         return Decomposition(address, root)
-    except (BaseZarrError, KeyError, TypeError, ValueError) as error:
+    except (BaseZarrError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{address} is damaged: {error}") from error

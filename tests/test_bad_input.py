@@ -545,3 +545,17 @@ def test_reading_is_checked(out: Path) -> None:
     with pytest.raises(ValueError, match="read-only"):
         channel[0] = 1
     assert np.array_equal(channel[...], values)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "remedy"), [(1e38, "float32", "float64"), (1e308, "float64", "divide")]
+)
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_values_near_the_end_of_a_type(engine: str, value: float, dtype: str, remedy: str):
+    """Their sums would be infinite, and the channels NaN: refused, with the place."""
+    if engine == "torch":
+        pytest.importorskip("torch")
+    field = FIELD.astype("float64")
+    field[3, 2] = value
+    with pytest.raises(InputError, match=rf"at \(3, 2\), too large.*{remedy}"):
+        cdd_dask.decompose(field, engine=engine, device="cpu", **{**FAST, "dtype": dtype})

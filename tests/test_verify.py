@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 import cdd_dask
-from cdd_dask.errors import InputError, VerificationError
+from cdd_dask.errors import InputError, StoreError, VerificationError
 from cdd_dask.verification import verify
 
 SHAPE = (20, 30)
@@ -66,3 +66,33 @@ def test_the_source_must_be_known_and_match(made: tuple[Path, Path], tmp_path: P
     assert verify(out, field, progress=False).worst_ulp <= 4
     with pytest.raises(InputError, match="shape"):
         verify(out, field[1:], progress=False)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"edges": "x"},
+        {"edges": [1, 2, 4, 8]},
+        {"parameters": None},
+        {"parameters": {"x": 1}},
+        {"plan": None},
+        {"plan": {"block": [0, 0], "volume": {"shape": SHAPE}}},
+        {"plan": {"block": [10, 10], "volume": {"shape": [5, 5]}}},
+        {"source": None},
+        {"complete": "yes"},
+        {"format_version": 99},
+    ],
+)
+def test_edited_metadata_is_refused(made: tuple[Path, Path], edit: dict[str, object]):
+    """What nobody could work with is said to be damaged, when the store is opened."""
+    root = zarr.open_group(made[1], mode="r+")
+    root.attrs["cdd_dask"] = {**root.attrs["cdd_dask"], **edit}
+    with pytest.raises(StoreError, match=str(made[1])):
+        cdd_dask.open_decomposition(made[1])
+
+
+def test_a_group_without_its_scales_is_refused(made: tuple[Path, Path]):
+    """So is a channel that does not know what it is."""
+    zarr.open_group(made[1] / "channel_00", mode="r+").attrs["cdd_dask"] = {}
+    with pytest.raises(StoreError, match="lack their scales"):
+        cdd_dask.open_decomposition(made[1])

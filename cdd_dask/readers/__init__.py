@@ -87,13 +87,20 @@ def read_finite(source: Source, region: Region, dtype: str) -> NDArray[Any]:
     Raises
     ------
     NonFiniteError
-        If one of them is NaN or infinite, or does not fit `dtype`.
+        If one of them is NaN or infinite, or within a factor 8 of what `dtype` can hold.
     """
     with np.errstate(over="ignore"):
         values = np.array(source.read(region), dtype=dtype, order="C")
-    if not np.isfinite(values).all():
+    limit = _limit(dtype)
+    # the extremes of an array with a NaN are NaN, which is not within anything
+    if not (-limit <= values.min() and values.max() <= limit):
         raise NonFiniteError(f"{source.description} holds values that are not finite")
     return values
+
+
+def _limit(dtype: str) -> float:
+    """Largest absolute value whose sums and differences with a few others stay finite."""
+    return float(np.finfo(dtype).max) / 8
 
 
 def locate_nonfinite(source: Source, dtype: str) -> NonFiniteError:
@@ -108,7 +115,7 @@ def locate_nonfinite(source: Source, dtype: str) -> NonFiniteError:
         raw = source.read(region)
         with np.errstate(over="ignore"):
             values = raw.astype(dtype)
-        bad = np.flatnonzero(~np.isfinite(values))
+        bad = np.flatnonzero(~(np.abs(values) <= _limit(dtype)))
         if not len(bad):
             continue
         local = np.unravel_index(bad[0], values.shape)
@@ -124,8 +131,8 @@ def locate_nonfinite(source: Source, dtype: str) -> NonFiniteError:
             return NonFiniteError(
                 f"{source.description} is {value} at {place}: replace infinities by finite values"
             )
+        remedy = 'use dtype="float64"' if dtype == "float32" else "divide it by some power of ten"
         return NonFiniteError(
-            f'{source.description} is {value} at {place}, too large for dtype="{dtype}": '
-            'use dtype="float64"'
+            f'{source.description} is {value} at {place}, too large for dtype="{dtype}": {remedy}'
         )
     return NonFiniteError(f"{source.description} held values that were not finite when first read")
