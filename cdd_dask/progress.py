@@ -67,11 +67,6 @@ class Progress:
                 format_seconds(now - self._started),
             )
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the run began."""
-        return time.monotonic() - self._started
-
     def __enter__(self) -> Progress:
         return self
 

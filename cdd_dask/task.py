@@ -94,7 +94,6 @@ def prepare_process(engine: str, device: str, threads: int) -> None:
 
     Done when it starts, so that its first task does not pay for it.
     """
-
     for variable in THREAD_LIMITS:
         os.environ.setdefault(variable, str(threads))
     return_freed_memory()
