@@ -296,7 +296,7 @@ def _block(block: Sequence[int] | int | None, ndim: int) -> tuple[int, ...] | No
 def _prepare(made: Plan, source: Source, address: str, overwrite: bool) -> str:
     """Make the store, in place of one that may go."""
     try:
-        if "://" not in address and not address.startswith("memory:"):
+        if "://" not in address and not address.startswith("in-memory:"):
             # looked at again: starting workers took time, and another run may have come first
             if check_vacant(Path(address), overwrite):
                 store.remove_store(Path(address))

@@ -133,7 +133,7 @@ def plan(source: str, scheduler: str | None, as_json: bool, **options: Any) -> N
     from cdd_dask.api import plan as make
 
     shape = source.replace("x", ",").split(",")
-    what = tuple(map(int, shape)) if all(part.strip().isdigit() for part in shape) else source
+    what = tuple(map(int, shape)) if all(part.strip().isdecimal() for part in shape) else source
     made = make(what, client=_connect(scheduler), **_plain(options))
     click.echo(json.dumps(made.as_dict(), indent=2) if as_json else str(made))
 

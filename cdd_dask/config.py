@@ -28,7 +28,7 @@ def load_config(path: str | Path, known: Collection[str]) -> dict[str, Any]:
 
     try:
         options = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"config {path} cannot be read: {error}") from error
     if options is None:
         return {}
@@ -41,4 +41,13 @@ def load_config(path: str | Path, known: Collection[str]) -> dict[str, Any]:
             f"config {path} has the unknown option {unknown[0]!r}: choose from "
             f"{', '.join(sorted(known))}"
         )
-    return {names[key]: value for key, value in options.items() if value is not None}
+    for key, value in options.items():
+        sides = value if isinstance(value, list) and names[key] == "block" else [value]
+        if not all(side is None or isinstance(side, str | bool | int | float) for side in sides):
+            raise InputError(f"config {path}: {key}={value!r} is no value of that option")
+    # numbers as the command line would have them, which checks and converts both alike
+    return {
+        names[key]: value if isinstance(value, bool | list) else str(value)
+        for key, value in options.items()
+        if value is not None
+    }

@@ -74,7 +74,7 @@ class Decomposition:
     @property
     def path(self) -> str | None:
         """Path or URL of the store; None for one in memory."""
-        return None if self._address.startswith("memory:") else self._address
+        return None if self._address.startswith("in-memory:") else self._address
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,7 +167,7 @@ def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> D
     from zarr.errors import BaseZarrError
 
     address = str(path)
-    if address.startswith("memory:"):
+    if address.startswith("in-memory:"):
         raise InputError("a store in memory cannot be opened by name: keep what decompose returned")
     if "://" not in address:
         address = os.path.abspath(Path(address).expanduser())
@@ -177,8 +177,10 @@ def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> D
         root = store.open_root(address)
         attributes: Any = root.attrs[store.KEY]
         version, complete = attributes["format_version"], attributes["complete"]
-    except (FileNotFoundError, BaseZarrError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{address} is no decomposition store of cdd-dask") from error
+    except (OSError, ImportError, BaseZarrError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{address} is no decomposition store of cdd-dask that can be read: {error}"
+        ) from error
     if version != store.FORMAT_VERSION:
         raise StoreError(
             f"{address} has format version {version}, this version of cdd-dask reads "

@@ -78,7 +78,10 @@ def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> N
 
 
 def _check_apart(out: Path, source: Path) -> None:
-    out, source = out.resolve(), source.resolve()
+    try:
+        out, source = out.resolve(), source.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise OutputAccessError(f"out={out} cannot be used: {error}") from error
     if out == source:
         raise InputError(f"out={out} is the source: name another output")
     if source in out.parents:

@@ -62,13 +62,13 @@ def new_memory_store() -> tuple[str, MemoryStore]:
     """A store in this process's memory and its address; it lives as long as it is referenced."""
     from zarr.storage import MemoryStore
 
-    address, store = f"memory:{next(_numbers)}", MemoryStore()
+    address, store = f"in-memory:{next(_numbers)}", MemoryStore()
     _memory_stores[address] = store
     return address, store
 
 
 def _store_like(address: str) -> Any:
-    return _memory_stores[address] if address.startswith("memory:") else address
+    return _memory_stores[address] if address.startswith("in-memory:") else address
 
 
 def open_root(address: str, mode: str = "r") -> zarr.Group:

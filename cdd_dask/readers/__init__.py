@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask.blocks import Grid, Region
-from cdd_dask.errors import InputError, SourceNotFoundError, SourceReadError
+from cdd_dask.errors import CddError, InputError, SourceNotFoundError, SourceReadError
 from cdd_dask.readers.arrays import known_array, open_array, open_npy
 from cdd_dask.readers.base import Source
 
@@ -51,7 +51,18 @@ def open_source(source: Any) -> Source:
                 raise InputError("source is a Zarr group: name one of its arrays")
             return zarr_source(source)
         return open_array(source)
-    address = str(source).removeprefix("file://")
+    try:
+        return _open_address(str(source).removeprefix("file://"))
+    except CddError:
+        raise
+    except Exception as error:  # a damaged file makes its reader fail in any way
+        raise SourceReadError(
+            f"source {source} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _open_address(address: str) -> Source:
+    """Open a path, a URL, or an array in this process that has an address."""
     if address.startswith("object:"):
         return known_array(address)
     if "://" in address:

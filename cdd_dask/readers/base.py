@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from cdd_dask.blocks import Region
 from cdd_dask.errors import InputError
 from cdd_dask.parameters import MAX_NDIM
+
+LARGEST_VOLUME = 2**60
+"""Voxels of the largest volume that anybody could store."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Source:
             )
         if 0 in self.shape:
             raise InputError(f"{self.description} is empty (shape {self.shape})")
+        if math.prod(self.shape) > LARGEST_VOLUME or (self.chunk and min(self.chunk) < 1):
+            raise InputError(
+                f"{self.description} cannot have the shape {self.shape} in chunks of {self.chunk}"
+            )
         if self.dtype.kind not in "biuf":
             raise InputError(
                 f"{self.description} has dtype {self.dtype}: only real numbers can be decomposed"
