@@ -19,7 +19,7 @@ LAYERS = (
     ("task",),
     ("executors",),
     ("progress", "resources", "output", "decomposition", "run"),
-    ("api", "config", "verification"),
+    ("api", "compat", "config", "export", "verification"),
     ("cli",),
 )
 """From the ground up; a file imports from its own layer and those below."""

@@ -50,6 +50,12 @@ class Source:
     """Shape of what is decoded at once, in voxels; None where nothing is."""
     header: str | None = None
     """The source's own metadata as text, where it has some."""
+    spacing: tuple[float, ...] | None = None
+    """Distance of neighbouring voxels per axis, where the source states it; > 0."""
+    units: tuple[str | None, ...] | None = None
+    """Unit of the spacing per axis, where the source states it."""
+    file_shape: tuple[int, ...] | None = None
+    """Shape in the file, where that has axes of length 1 that `shape` leaves out."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.shape) <= MAX_NDIM:
