@@ -87,6 +87,10 @@ def sampled_gaussian(sigma: float) -> Kernel:
     return Kernel(sigma, tuple(one_sided[1:].tolist()))
 
 
+IDENTITY = Kernel(0.0, ())
+"""The kernel along an axis that is not decomposed: it leaves every value as it is."""
+
+
 def smoothing_kernel(kind: str, sigma: float) -> Kernel:
     """The kernel of `kind` (``discrete`` or ``sampled``) and standard deviation `sigma`."""
     return {"discrete": discrete_gaussian, "sampled": sampled_gaussian}[kind](sigma)

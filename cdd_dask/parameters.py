@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from numbers import Integral
 from typing import Any
@@ -13,7 +14,11 @@ MODES = ("log", "lin")
 KERNELS = ("discrete", "sampled")
 BOUNDARIES = ("reflect", "mirror", "nearest", "wrap", "constant")
 DTYPES = ("float32", "float64")
+BLANKS = ("mask", "raise", "fill")
+UPSAMPLINGS = (1, 2, 4)
 MAX_NDIM = 4
+SWITCH_SCALE = 5.0
+"""Default of `switch_scale`, in units of the smallest spacing."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,9 @@ class Parameters:
     """
 
     min_scale: float | None = None
-    """First scale edge in voxels; None is 1 voxel."""
+    """First scale edge; None is the smallest spacing (1 voxel)."""
     max_scale: float | None = None
-    """Largest scale in voxels that an edge may reach; None is half of the largest axis."""
+    """Largest scale that an edge may reach; None is half of the largest decomposed axis."""
     num_channels: int | None = None
     """Number of channels in log mode; given, it decides the edges instead of `max_scale`."""
     mode: str = "log"
@@ -37,7 +42,7 @@ class Parameters:
     log_scale_base: float = 2.0
     """Ratio of one edge to the one before, log mode."""
     linear_scale_step: float | None = None
-    """Distance of one edge to the one before in voxels, lin mode."""
+    """Distance of one edge to the one before, lin mode."""
     e_rel: float = 3e-2
     """Largest step in time relative to the time where a channel begins; part of the method."""
     constrained: bool = True
@@ -54,6 +59,23 @@ class Parameters:
     """Error allowed by cutting into blocks, relative to the field's range; 0: bit-identical."""
     dtype: str = "float32"
     """Working type of the field: ``float32`` or ``float64``."""
+    axes: tuple[int, ...] | None = None
+    """Axes to decompose along, each slice across the others by itself; None is all."""
+    spacing: tuple[float, ...] | float | str | None = None
+    """Distance of neighbouring voxels along every axis of the volume, in `unit`: scales are then
+    in `unit` too. One number is for all axes, ``header`` takes what the source states; None
+    counts in voxels."""
+    unit: str | None = None
+    """Unit of `spacing` and of all scales, for example ``µm``."""
+    nan: str = "mask"
+    """Blank (NaN) voxels: ``mask`` (they take no part), ``raise`` or ``fill``."""
+    fill_value: float = 0.0
+    """What blank voxels become with ``nan="fill"``, in the field's unit."""
+    upsample: int = 1
+    """Cells per voxel and axis, 1, 2 or 4, of the grid that computes edges up to
+    `switch_scale`."""
+    switch_scale: float | None = None
+    """Largest edge that is computed on the refined grid; None is 5 times the smallest spacing."""
 
     def __post_init__(self) -> None:
         dtype: Any = self.dtype
@@ -65,34 +87,61 @@ class Parameters:
             ("kernel", KERNELS),
             ("boundary", BOUNDARIES),
             ("dtype", DTYPES),
+            ("nan", BLANKS),
         ):
             check_choice(name, getattr(self, name), allowed)
         for name in ("constrained", "inverted"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r} must be True or False")
-        for name in ("min_scale", "max_scale", "linear_scale_step"):
+        for name in ("min_scale", "max_scale", "linear_scale_step", "switch_scale"):
             if getattr(self, name) is not None:
                 self._check_number(name, above=0.0)
         self._check_number("log_scale_base", above=1.0)
         self._check_number("e_rel", above=0.0)
         self._check_number("cval")
         self._check_number("rtol", at_least=0.0)
+        self._check_number("fill_value")
+        if self.upsample not in UPSAMPLINGS or isinstance(self.upsample, bool):
+            raise InputError(f"upsample={self.upsample!r} must be 1, 2 or 4")
+        self._check_axes()
+        self._check_spacing()
         self._check_edges()
 
     def _check_number(
         self, name: str, *, above: float = -math.inf, at_least: float = -math.inf
     ) -> None:
-        value = getattr(self, name)
-        bound = f"> {above:g}" if above > -math.inf else f">= {at_least:g}"
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise InputError(f"{name}={value!r} is no number") from None
-        if isinstance(value, bool | str) or not math.isfinite(number):
-            raise InputError(f"{name}={value!r} must be a finite number")
-        if number <= above or number < at_least:
-            raise InputError(f"{name}={value!r} must be {bound}")
+        number = check_number(name, getattr(self, name), above=above, at_least=at_least)
         object.__setattr__(self, name, number)
+
+    def _check_axes(self) -> None:
+        if self.axes is None:
+            return
+        given = self.axes if isinstance(self.axes, Iterable) else (self.axes,)
+        axes = tuple(given)
+        if not axes or any(isinstance(a, bool) or not isinstance(a, Integral) for a in axes):
+            raise InputError(f"axes={self.axes!r} must be numbers of axes, for example (1, 2)")
+        object.__setattr__(self, "axes", tuple(map(int, axes)))
+
+    def _check_spacing(self) -> None:
+        spacing: Any = self.spacing
+        if self.unit is not None and (not isinstance(self.unit, str) or not self.unit.strip()):
+            raise InputError(f'unit={self.unit!r} must be the name of a unit, for example "µm"')
+        if spacing is None:
+            if self.unit is not None:
+                raise InputError(
+                    f"unit={self.unit!r} without spacing: give the spacing of the voxels in it, "
+                    'or spacing="header"'
+                )
+        elif isinstance(spacing, str):
+            if spacing != "header":
+                raise InputError(
+                    f'spacing={spacing!r} must be "header", or a number for every axis'
+                )
+        elif isinstance(spacing, Iterable):
+            sides = tuple(check_number("spacing", side, above=0.0) for side in spacing)
+            object.__setattr__(self, "spacing", sides)
+        else:
+            self._check_number("spacing", above=0.0)
 
     def _check_edges(self) -> None:
         count = self.num_channels
@@ -111,11 +160,63 @@ class Parameters:
             )
         if count is not None:
             object.__setattr__(self, "num_channels", check_count("num_channels", count))
-        low = 1.0 if self.min_scale is None else self.min_scale
-        if self.max_scale is not None and self.max_scale <= low:
+        # where min_scale depends on the spacing, `scale_edges` compares the two
+        low = 1.0 if self.min_scale is None and self.spacing is None else self.min_scale
+        if self.max_scale is not None and low is not None and self.max_scale <= low:
+            raise InputError(f"max_scale={self.max_scale:g} must be larger than min_scale={low:g}")
+
+    def decomposed_axes(self, ndim: int) -> tuple[int, ...]:
+        """Numbers of the axes to decompose along, ascending, for a volume of `ndim` axes.
+
+        Raises
+        ------
+        InputError
+            If `axes` names one that is not there, or one twice.
+        """
+        if self.axes is None:
+            return tuple(range(ndim))
+        numbers = [axis + ndim if axis < 0 else axis for axis in self.axes]
+        if not all(0 <= axis < ndim for axis in numbers):
             raise InputError(
-                f"max_scale={self.max_scale:g} must be larger than min_scale={low:g} (voxels)"
+                f"axes={self.axes} must lie within 0 … {ndim - 1}: the volume has {ndim} axes"
             )
+        if len(set(numbers)) < len(numbers):
+            raise InputError(f"axes={self.axes} names an axis twice")
+        return tuple(sorted(numbers))
+
+    def voxel_spacing(self, ndim: int) -> tuple[float, ...]:
+        """Spacing along every axis of a volume of `ndim` axes, 1 where scales are in voxels.
+
+        Raises
+        ------
+        InputError
+            If `spacing` has another number of axes.
+        """
+        if self.spacing is None:
+            return (1.0,) * ndim
+        if isinstance(self.spacing, str):
+            raise InputError(
+                'spacing="header" needs a source that states its spacing: give the numbers'
+            )
+        if isinstance(self.spacing, float):
+            return (self.spacing,) * ndim
+        spacing: Any = self.spacing
+        if len(spacing) != ndim:
+            raise InputError(
+                f"spacing={spacing} has {len(spacing)} values, but the volume has {ndim} axes: "
+                "give one number, or one for every axis, also for those not in axes="
+            )
+        return tuple(spacing)
+
+    def smallest_spacing(self, ndim: int) -> float:
+        """The smallest spacing along the axes that are decomposed."""
+        spacing = self.voxel_spacing(ndim)
+        return min(spacing[axis] for axis in self.decomposed_axes(ndim))
+
+    @property
+    def scale_unit(self) -> str:
+        """What scales are counted in, for people."""
+        return self.unit or ("voxels" if self.spacing is None else "units of spacing")
 
     @property
     def constraint(self) -> str:
@@ -132,6 +233,22 @@ class Parameters:
     def as_dict(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""
         return asdict(self)
+
+
+def check_number(
+    name: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf
+) -> float:
+    """The `value` of the argument `name`, which must be a finite number within its bound."""
+    bound = f"> {above:g}" if above > -math.inf else f">= {at_least:g}"
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{name}={value!r} is no number") from None
+    if isinstance(value, bool | str) or not math.isfinite(number):
+        raise InputError(f"{name}={value!r} must be a finite number")
+    if number <= above or number < at_least:
+        raise InputError(f"{name}={value!r} must be {bound}")
+    return number
 
 
 def check_count(name: str, value: Any) -> int:

@@ -9,11 +9,13 @@ from cdd_dask.parameters import Parameters
 
 LARGEST_EDGE = 1e5
 """Largest scale edge accepted, in voxels: far beyond half the axis of any volume."""
+SMALLEST_EDGE = 1e-3
+"""Smallest one: far below, kernels would be lost in rounding."""
 MOST_CHANNELS = 1000
 
 
 def scale_edges(parameters: Parameters, shape: tuple[int, ...]) -> tuple[float, ...]:
-    """Scale edges in voxels, ascending, one per channel.
+    """Scale edges, ascending, one per channel, in the unit of the spacing (else in voxels).
 
     ``l_i = min_scale * base**i`` in log mode, ``l_i = min_scale + i * step`` in lin mode
     (Li 2022, arXiv:2201.05484); channel ``k`` holds the scales from ``l_{k-1}`` (0 for the
@@ -24,12 +26,13 @@ def scale_edges(parameters: Parameters, shape: tuple[int, ...]) -> tuple[float, 
     parameters
         Where the edges begin, end and how they are spaced.
     shape
-        Shape of the volume in voxels; gives the default of `max_scale`.
+        Shape of the volume in voxels; gives the default of `max_scale`, half of the largest
+        axis that is decomposed.
 
     Raises
     ------
     InputError
-        If no edge fits between the two scales, or one is beyond 1e5 voxels.
+        If no edge fits between the two scales, or one is below 1e-3 or beyond 1e5 voxels.
 
     Examples
     --------
@@ -38,12 +41,16 @@ def scale_edges(parameters: Parameters, shape: tuple[int, ...]) -> tuple[float, 
     >>> scale_edges(Parameters(mode="lin", max_scale=6, linear_scale_step=2), (64, 64))
     (1.0, 3.0, 5.0)
     """
-    low = 1.0 if parameters.min_scale is None else parameters.min_scale
-    high = max(shape) / 2 if parameters.max_scale is None else parameters.max_scale
+    ndim = len(shape)
+    spacing, smallest = parameters.voxel_spacing(ndim), parameters.smallest_spacing(ndim)
+    largest = max(shape[axis] * spacing[axis] for axis in parameters.decomposed_axes(ndim))
+    low = smallest if parameters.min_scale is None else parameters.min_scale
+    high = largest / 2 if parameters.max_scale is None else parameters.max_scale
     if high <= low and parameters.num_channels is None:
+        meaning = " (half of the largest decomposed axis)" if parameters.max_scale is None else ""
         raise InputError(
-            f"max_scale={high:g} (half of the largest axis of shape {shape}) must be larger than "
-            f"min_scale={low:g}: give a smaller min_scale, a max_scale or num_channels"
+            f"max_scale={high:g}{meaning} must be larger than min_scale={low:g} for the shape "
+            f"{shape}: give a smaller min_scale, a larger max_scale or num_channels"
         )
     step, base = parameters.linear_scale_step, parameters.log_scale_base
     # the margin keeps an edge that falls on max_scale but for rounding
@@ -62,13 +69,19 @@ def scale_edges(parameters: Parameters, shape: tuple[int, ...]) -> tuple[float, 
         )
     if step is not None:
         edges = tuple(low + i * step for i in range(count))
-    elif (count - 1) * math.log(base) + math.log(low) > math.log(LARGEST_EDGE):
+    elif (count - 1) * math.log(base) + math.log(low) > math.log(LARGEST_EDGE * smallest):
         edges = (math.inf,)
     else:
         edges = tuple(low * base**i for i in range(count))
-    if edges[-1] > LARGEST_EDGE:
+    if edges[-1] > LARGEST_EDGE * smallest:
         raise InputError(
             f"the largest scale edge would exceed {LARGEST_EDGE:g} voxels: "
             "lower max_scale, num_channels or log_scale_base"
+        )
+    coarsest = max(spacing[axis] for axis in parameters.decomposed_axes(ndim))
+    if edges[0] < SMALLEST_EDGE * coarsest:
+        raise InputError(
+            f"min_scale={low:g} is less than {SMALLEST_EDGE:g} of a voxel (of spacing "
+            f"{coarsest:g}): raise it, or leave out the axis of that spacing (axes=)"
         )
     return edges

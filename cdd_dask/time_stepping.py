@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from cdd_dask.errors import InputError
-from cdd_dask.kernels import Kernel, smoothing_kernel
-from cdd_dask.parameters import Parameters
+from cdd_dask.kernels import IDENTITY, Kernel, smoothing_kernel
+from cdd_dask.parameters import SWITCH_SCALE, Parameters
 
 MOST_STEPS = 1_000_000
 """Largest number of steps accepted for one channel."""
@@ -20,11 +20,13 @@ class Steps:
     count: int
     """Number of steps."""
     kernels: tuple[Kernel, ...]
-    """Smoothing kernel of one step, one per axis."""
+    """Smoothing kernel of one step, one per axis, in cells of the grid they run on."""
+    refinement: int = 1
+    """Cells of that grid per voxel, along every axis that is decomposed; 1: the volume's grid."""
 
     @property
     def reach(self) -> tuple[int, ...]:
-        """Strict dependence radius ``n * r`` per axis, in voxels."""
+        """Strict dependence radius ``n * r`` per axis, in cells."""
         return tuple(self.count * kernel.radius for kernel in self.kernels)
 
 
@@ -38,9 +40,9 @@ def channel_steps(parameters: Parameters, edges: tuple[float, ...], ndim: int) -
     Parameters
     ----------
     parameters
-        Gives `e_rel` and the kind of kernel.
+        Gives `e_rel`, the kind of kernel, and what decides the grid: axes, spacing, upsampling.
     edges
-        Scale edges in voxels, ascending.
+        Scale edges, ascending, in the unit of the spacing (else in voxels).
     ndim
         Number of axes of the volume.
 
@@ -55,9 +57,11 @@ def channel_steps(parameters: Parameters, edges: tuple[float, ...], ndim: int) -
     >>> [s.count for s in steps], [round(s.kernels[0].sigma, 2) for s in steps]
     ([33, 100, 100], [0.17, 0.17, 0.35])
     """
+    axes, spacing = parameters.decomposed_axes(ndim), parameters.voxel_spacing(ndim)
+    refined = refined_channels(parameters, edges, ndim)
     steps = []
     before = 0.0
-    for edge in edges:
+    for k, edge in enumerate(edges):
         time = edge**2 / 2
         dt_max = parameters.e_rel * (before or time)
         wanted = (time - before) / dt_max if dt_max > 0 else math.inf
@@ -68,6 +72,23 @@ def channel_steps(parameters: Parameters, edges: tuple[float, ...], ndim: int) -
             )
         count = max(1, int(wanted + 0.5))
         sigma = math.sqrt(2 * (time - before) / count)
-        steps.append(Steps(count, (smoothing_kernel(parameters.kernel, sigma),) * ndim))
+        refinement = parameters.upsample if k < refined else 1
+        kernels = tuple(
+            smoothing_kernel(parameters.kernel, sigma / spacing[axis] * refinement)
+            if axis in axes
+            else IDENTITY
+            for axis in range(ndim)
+        )
+        steps.append(Steps(count, kernels, refinement))
         before = time
     return tuple(steps)
+
+
+def refined_channels(parameters: Parameters, edges: tuple[float, ...], ndim: int) -> int:
+    """How many channels, the finest, are computed on the refined grid."""
+    if parameters.upsample == 1:
+        return 0
+    switch = parameters.switch_scale
+    if switch is None:
+        switch = SWITCH_SCALE * parameters.smallest_spacing(ndim)
+    return sum(edge <= switch * (1 + 1e-9) for edge in edges)

@@ -54,6 +54,10 @@ class Engine(ABC):
     - unconstrained: ``S``
 
     (Li 2022, arXiv:2201.05484). Between steps the field has the dtype that it came with.
+
+    NaN voxels are blank: they take no part and stay NaN, and the smoothing of the others is
+    normalised, ``S = (G_sigma * I M) / (G_sigma * M)``, `M` being 0 there and 1 elsewhere; beyond
+    a ``constant`` face all is data.
     """
 
     name: ClassVar[str]
@@ -68,8 +72,8 @@ class Engine(ABC):
         Parameters
         ----------
         field
-            The block with its halo, 1-D to 4-D, float32 or float64, C-contiguous. It may be
-            overwritten, and the result may be the same array.
+            The block with its halo, 1-D to 4-D, float32 or float64, C-contiguous, NaN where
+            blank. It may be overwritten, and the result may be the same array.
         diffusion
             What to do; its kernels and faces match `field`'s axes.
 
@@ -80,8 +84,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def footprint(self, itemsize: int) -> Footprint:
-        """Working memory per voxel for a field of `itemsize` bytes per voxel."""
+    def footprint(self, itemsize: int, blanks: bool = False) -> Footprint:
+        """Working memory for a field of `itemsize` bytes per voxel, perhaps with `blanks`."""
 
     def free_device_memory(self) -> int | None:
         """Free bytes on the device; None where the engine computes on the host."""

@@ -23,21 +23,36 @@ class ReferenceEngine(Engine):
 
     def diffuse(self, field: NDArray[Any], diffusion: Diffusion) -> NDArray[Any]:
         smooth = np.empty(field.shape, np.float64)
+        blank = np.isnan(field)
+        share = None
+        if blank.any():
+            # what is left of the kernel where blank voxels take no part
+            share = np.empty(field.shape, np.float64)
+            _smooth((~blank).view(np.uint8), diffusion, 1.0, out=share)
+            share[blank] = 1.0
+            field[blank] = 0.0
         for _ in range(diffusion.steps.count):
-            _smooth(field, diffusion, out=smooth)
+            _smooth(field, diffusion, diffusion.cval, out=smooth)
+            if share is not None:
+                smooth /= share
+                smooth[blank] = 0.0
             _constrain(field, smooth, diffusion.constraint)
+        if share is not None:
+            field[blank] = np.nan
         return field
 
-    def footprint(self, itemsize: int) -> Footprint:
-        # the field, its smoothed copy in float64, and two masks for the signs; SciPy holds two
-        # lines in float64
-        return Footprint(host=itemsize + 8 + 2, device=0, line=16)
+    def footprint(self, itemsize: int, blanks: bool = False) -> Footprint:
+        # the field, its smoothed copy in float64, where it is blank, and two masks for the signs;
+        # with blanks, what is left of the kernel; SciPy holds two lines in float64
+        return Footprint(host=itemsize + 8 + 3 + (8 if blanks else 0), device=0, line=16)
 
     def limit_threads(self, count: int) -> int:
         return 1  # `scipy.ndimage` runs on the caller's thread alone
 
 
-def _smooth(field: NDArray[Any], diffusion: Diffusion, out: NDArray[np.float64]) -> None:
+def _smooth(
+    field: NDArray[Any], diffusion: Diffusion, cval: float, out: NDArray[np.float64]
+) -> None:
     """``S = G_sigma * I``, one axis after the other, into `out`."""
     from scipy.ndimage import correlate1d
 
@@ -45,10 +60,14 @@ def _smooth(field: NDArray[Any], diffusion: Diffusion, out: NDArray[np.float64])
     for axis, (kernel, rules) in enumerate(
         zip(diffusion.steps.kernels, diffusion.faces, strict=True)
     ):
+        if kernel.radius == 0:
+            continue
         # SciPy takes one mode for both faces of an axis; a cut face takes any
         mode = next((rule for rule in rules if rule != CUT), "nearest")
-        correlate1d(source, kernel.weights, axis, output=out, mode=mode, cval=diffusion.cval)
+        correlate1d(source, kernel.weights, axis, output=out, mode=mode, cval=cval)
         source = out
+    if source is field:  # no kernel reaches any neighbour
+        out[...] = field
 
 
 def _constrain(field: NDArray[Any], smooth: NDArray[np.float64], constraint: str) -> None:

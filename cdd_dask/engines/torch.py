@@ -22,6 +22,9 @@ class TorchEngine(Engine):
 
     Every 1-D smoothing is written in differences, ``a + Σ w_j ((a_{-j} - a) + (a_{+j} - a))``,
     so a constant field comes back to the bit and float32 keeps errors below 1e-6 of the maximum.
+    Where there are blank voxels that is not enough: dividing by what they leave of the kernel
+    rounds again, at every step, so there the smoothing is in float64 (but not on MPS, which has
+    none).
 
     Parameters
     ----------
@@ -51,15 +54,16 @@ class TorchEngine(Engine):
             values = torch.from_numpy(field).to(self.device)
             work = _Workspace(values, diffusion)
             for _ in range(diffusion.steps.count):
-                work.smooth()
-                work.constrain()
-            result: NDArray[Any] = work.field.cpu().numpy()
+                work.step()
+            result: NDArray[Any] = work.result().cpu().numpy()
             return result
 
-    def footprint(self, itemsize: int) -> Footprint:
+    def footprint(self, itemsize: int, blanks: bool = False) -> Footprint:
         # the field, its smoothed copy, two differences, the extended copy (up to twice a
         # block), masks and what the allocator rounds up
         work = 7 * itemsize
+        if blanks:  # the same in float64, what is left of the kernel, and all in this type
+            work = 7 * 8 + 4 * itemsize
         on_host = self.device == "cpu"
         return Footprint(host=work if on_host else 2 * itemsize, device=0 if on_host else work)
 
@@ -118,13 +122,26 @@ class _Workspace:
     def __init__(self, field: torch.Tensor, diffusion: Diffusion) -> None:
         import torch
 
-        self.field, self._diffusion = field, diffusion
-        self._smooth, self._left, self._right = (torch.empty_like(field) for _ in range(3))
+        self._field, self._diffusion = field, diffusion
+        blank = torch.isnan(field)
+        masked = bool(blank.any())
+        self._blank = blank if masked else None
+        double = masked and field.device.type != "mps"
+        self._smooth, self._left, self._right = (
+            torch.empty_like(field, dtype=torch.float64 if double else field.dtype)
+            for _ in range(3)
+        )
+        # the differences are no longer needed when the field is constrained
+        self._lower, self._upper = (
+            (torch.empty_like(field), torch.empty_like(field))
+            if double
+            else (self._left, self._right)
+        )
         self._parts = [
             _parts(field.shape, axis, kernel.radius)
             for axis, kernel in enumerate(diffusion.steps.kernels)
         ]
-        self._extended = field.new_empty(
+        self._extended = self._smooth.new_empty(
             max(
                 field[parts[0]].numel() // size * (size + 2 * kernel.radius)
                 for parts, size, kernel in zip(
@@ -141,22 +158,50 @@ class _Workspace:
                 field.shape, diffusion.steps.kernels, diffusion.faces, strict=True
             )
         ]
+        self._share = None
+        if masked:
+            # what is left of the kernel where blank voxels take no part
+            self._smooth_all(torch.logical_not(blank).to(field.dtype), 1.0)
+            self._share = self._smooth.masked_fill(blank, 1.0)
+            field.masked_fill_(blank, 0.0)
 
-    def smooth(self) -> None:
+    def step(self) -> None:
+        """Smooth, and move the field to its smoothed copy as far as the constraint lets it."""
+        self._smooth_all(self._field, self._diffusion.cval)
+        if self._share is not None and self._blank is not None:
+            self._smooth.div_(self._share).masked_fill_(self._blank, 0.0)
+        self._constrain()
+
+    def result(self) -> torch.Tensor:
+        """The field, NaN where it is blank."""
+        if self._blank is not None:
+            self._field.masked_fill_(self._blank, math.nan)
+        return self._field
+
+    def _smooth_all(self, values: torch.Tensor, cval: float) -> None:
         """``S = G_sigma * I``, one axis after the other."""
-        values = self.field
+        source = values
         for axis, kernel in enumerate(self._diffusion.steps.kernels):
+            if kernel.radius == 0:
+                continue
             for part in self._parts[axis]:
-                self._smooth_part(values[part], part, axis, kernel)
-            values = self._smooth
+                self._smooth_part(source[part], part, axis, kernel, cval)
+            source = self._smooth
+        if source is values:  # no kernel reaches any neighbour
+            self._smooth.copy_(values)
 
     def _smooth_part(
-        self, values: torch.Tensor, part: tuple[slice, ...], axis: int, kernel: Kernel
+        self,
+        values: torch.Tensor,
+        part: tuple[slice, ...],
+        axis: int,
+        kernel: Kernel,
+        cval: float,
     ) -> None:
         import torch
 
         size, radius = values.shape[axis], kernel.radius
-        extended = self._extend(values, axis, radius)
+        extended = self._extend(values, axis, radius, cval)
         centre = extended.narrow(axis, radius, size)
         difference, other = self._left[part], self._right[part]
         total = self._smooth[part].zero_()
@@ -168,7 +213,7 @@ class _Workspace:
             total += difference.add_(other).mul_(weight)
         total += centre
 
-    def _extend(self, values: torch.Tensor, axis: int, radius: int) -> torch.Tensor:
+    def _extend(self, values: torch.Tensor, axis: int, radius: int, cval: float) -> torch.Tensor:
         """`values` with `radius` more slices at both ends of `axis`, by the faces' rules."""
         size = values.shape[axis]
         shape = list(values.shape)
@@ -178,21 +223,22 @@ class _Workspace:
         for index, start in zip(self._edges[axis], (0, radius + size), strict=True):
             edge = extended.narrow(axis, start, radius)
             if index is None:
-                edge.fill_(self._diffusion.cval)
+                edge.fill_(cval)
             else:
                 edge.copy_(values.index_select(axis, index))
         return extended
 
-    def constrain(self) -> None:
+    def _constrain(self) -> None:
         """Move the field to its smoothed copy as far as the sign constraint lets it."""
         import torch
 
-        field, smooth, constraint = self.field, self._smooth, self._diffusion.constraint
+        field, constraint = self._field, self._diffusion.constraint
         if constraint == "unconstrained":
-            field.copy_(smooth)
+            field.copy_(self._smooth)
             return
-        lower = torch.minimum(field, smooth, out=self._left)
-        upper = torch.maximum(field, smooth, out=self._right)
+        smooth = self._smooth.to(field.dtype)
+        lower = torch.minimum(field, smooth, out=self._lower)
+        upper = torch.maximum(field, smooth, out=self._upper)
         if constraint == "inverted":
             lower, upper = upper, lower
         negative = torch.where(field < 0, upper, field, out=smooth)
