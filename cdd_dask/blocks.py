@@ -88,8 +88,15 @@ def haloed_block(grid: Grid, number: int, depth: tuple[int, ...], boundary: str)
     >>> haloed_block(Grid((10,), (4,)), 0, (2,), "wrap").outer
     (slice(-2, 6, None),)
     """
+    return with_halo(grid.core(number), grid.shape, depth, boundary)
+
+
+def with_halo(
+    region: Region, shape: tuple[int, ...], depth: tuple[int, ...], boundary: str
+) -> HaloedBlock:
+    """The region to read to compute `region` of a volume of `shape` as a core."""
     outer, inner, faces = [], [], []
-    for core, n, h in zip(grid.core(number), grid.shape, depth, strict=True):
+    for core, n, h in zip(region, shape, depth, strict=True):
         start, stop = halo_range(core, n, h, boundary)
         outer.append(slice(start, stop))
         inner.append(slice(core.start - start, core.stop - start))
@@ -148,6 +155,22 @@ def haloed_shape(grid: Grid, depth: tuple[int, ...], boundary: str) -> tuple[int
         ]
         shape.append(max(stop - start for start, stop in ranges))
     return tuple(shape)
+
+
+def shifted(region: Region, by: tuple[int, ...]) -> Region:
+    """`region` moved by so many voxels along each axis.
+
+    Examples
+    --------
+    >>> shifted((slice(2, 5), slice(0, 1)), (10, -1))
+    (slice(12, 15, None), slice(-1, 0, None))
+    """
+    return tuple(slice(s.start + n, s.stop + n) for s, n in zip(region, by, strict=True))
+
+
+def starts(region: Region) -> tuple[int, ...]:
+    """First voxel of `region` along each axis."""
+    return tuple(s.start for s in region)
 
 
 def pieces(start: int, stop: int, size: int, unit: int) -> list[tuple[slice, slice]]:

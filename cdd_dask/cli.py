@@ -5,6 +5,7 @@ Exit status: 0 done; 1 a run or a verification failed; 2 the request was refused
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import sys
@@ -18,7 +19,7 @@ from cdd_dask.config import load_config
 from cdd_dask.engines import ENGINES
 from cdd_dask.errors import CddError, RunError, VerificationError
 from cdd_dask.executors import EXECUTORS
-from cdd_dask.parameters import BOUNDARIES, DTYPES, KERNELS, MODES
+from cdd_dask.parameters import BLANKS, BOUNDARIES, DTYPES, KERNELS, MODES
 
 FAILURES = (RunError, VerificationError)
 """Errors of a run that had begun; all others refuse it."""
@@ -37,6 +38,22 @@ class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             self.fail(f"{value!r} is no list of whole numbers like 64,64,64", param, ctx)
 
 
+class Spacing(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """Numbers with commas between, like ``2,0.5,0.5``, or ``header``."""
+
+    name = "x,x,…|header"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...] | float | str:
+        if value == "header":
+            return "header"
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            numbers = tuple(map(float, parts if isinstance(parts, list | tuple) else [parts]))
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither numbers like 2,0.5,0.5 nor header", param, ctx)
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
 def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
     """Make the values of a config file the defaults, so that the command line wins."""
     if path is not None:
@@ -51,9 +68,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
 OPTIONS = (
     click.option("--config", callback=_read_config, is_eager=True, expose_value=False,
                  metavar="FILE", help="YAML file of these options; the command line wins."),
-    click.option("--min-scale", type=float, help="First scale edge in voxels.  [default: 1]"),
+    click.option("--min-scale", type=float,
+                 help="First scale edge.  [default: the smallest spacing, 1 voxel]"),
     click.option("--max-scale", type=float,
-                 help="Largest scale in voxels.  [default: half of the largest axis]"),
+                 help="Largest scale.  [default: half of the largest decomposed axis]"),
     click.option("--num-channels", type=int,
                  help="Number of channels (log mode); decides the edges instead of --max-scale."),
     click.option("--mode", type=click.Choice(MODES), default="log", show_default=True,
@@ -61,7 +79,7 @@ OPTIONS = (
     click.option("--log-scale-base", type=float, default=2.0, show_default=True,
                  help="Ratio of an edge to the one before (log mode)."),
     click.option("--linear-scale-step", type=float,
-                 help="Distance of an edge to the one before in voxels (lin mode)."),
+                 help="Distance of an edge to the one before (lin mode)."),
     click.option("--e-rel", type=float, default=3e-2, show_default=True,
                  help="Largest relative step in time; part of the method's definition."),
     click.option("--constrained/--unconstrained", default=True, show_default=True,
@@ -78,6 +96,19 @@ OPTIONS = (
                  help="Error allowed by cutting into blocks, relative to the field's range."),
     click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True,
                  help="Working type."),
+    click.option("--axes", type=Numbers(), help="Axes to decompose along, like 1,2; slices across "
+                 "the others are decomposed by themselves.  [default: all]"),
+    click.option("--spacing", type=Spacing(), help="Distance of voxels along every axis, or "
+                 "header: what the source states. Scales are then in --unit.  [default: voxels]"),
+    click.option("--unit", help="Unit of --spacing, like µm."),
+    click.option("--nan", type=click.Choice(BLANKS), default="mask", show_default=True,
+                 help="What becomes of blank (NaN) voxels."),
+    click.option("--fill-value", type=float, default=0.0, show_default=True,
+                 help="Value of blank voxels for --nan fill."),
+    click.option("--upsample", type=int, default=1, show_default=True,
+                 help="Cells per voxel and axis, 1, 2 or 4, for edges up to --switch-scale."),
+    click.option("--switch-scale", type=float, help="Largest edge on the refined grid.  "
+                 "[default: 5 times the smallest spacing]"),
     click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True,
                  help="What computes a block."),
     click.option("--device", help="Device of the torch engine: cpu, cuda, cuda:1, mps."),
@@ -121,6 +152,8 @@ def decompose(source: str, out: str, scheduler: str | None, **options: Any) -> N
     _log_lines(options["progress"])
     result = run(source, out, client=_connect(scheduler), **_plain(options))
     click.echo(result.table())
+    if note := _empty_blocks(result):
+        click.echo(f"\n{note}")
     click.echo(f"\nfield = sum(channels) + residual, in {result.path}")
 
 
@@ -152,8 +185,8 @@ def info(store: str, as_json: bool, allow_incomplete: bool) -> None:
         names = ("name", "scale_from", "scale_to", "statistics")
         outputs = [dict(zip(names, output, strict=True)) for output in result.outputs()]
         if finished:
-            for output, share in zip(outputs, result.shares(), strict=True):
-                output["share"] = share
+            for output, share in zip(outputs, result.scale_spectrum()["share"], strict=True):
+                output["share"] = float(share)
         about = {"path": result.path, **result.attrs, "outputs": outputs}
         click.echo(json.dumps(about, indent=2))
         return
@@ -161,6 +194,26 @@ def info(store: str, as_json: bool, allow_incomplete: bool) -> None:
     if finished:
         click.echo(f"\n{result.table()}")
         click.echo(f"\nerror by blocks: {result.attrs['error']}, rtol {result.parameters.rtol:g}")
+        if note := _empty_blocks(result):
+            click.echo(note)
+
+
+@cli.command()
+@click.argument("store")
+@click.option("--csv", "csv_file", type=click.File("w"), metavar="FILE",
+              help="Write all columns as CSV, - for standard output.")  # fmt: skip
+def spectrum(store: str, csv_file: Any) -> None:
+    """How the field of STORE is shared among its scales; reads nothing but attributes."""
+    from cdd_dask.decomposition import open_decomposition
+
+    result = open_decomposition(store)
+    if csv_file is None:
+        click.echo(result.table())
+        return
+    rows = result.scale_spectrum()
+    writer = csv.writer(csv_file)
+    writer.writerow(rows.dtype.names)
+    writer.writerows(row.tolist() for row in rows)
 
 
 @cli.command()
@@ -174,6 +227,15 @@ def verify(store: str, source: str | None, progress: bool) -> None:
 
     _log_lines(progress)
     click.echo(f"{check(store, source, progress=progress)}\n{store} is whole")
+
+
+def _empty_blocks(result: Any) -> str:
+    """How much needed no computing, where something did not."""
+    blocks = result.attrs["blocks"]
+    if not blocks["empty"]:
+        return ""
+    total = blocks["empty"] + blocks["computed"]
+    return f"{blocks['empty']} of {total} blocks were blank or zero and cost nothing"
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from cdd_dask.errors import InputError
 
+PER_AXIS = ("block", "axes", "spacing")
+"""Options that may be lists."""
+
 
 def load_config(path: str | Path, known: Collection[str]) -> dict[str, Any]:
     """The options in a config file.
@@ -42,7 +45,7 @@ def load_config(path: str | Path, known: Collection[str]) -> dict[str, Any]:
             f"{', '.join(sorted(known))}"
         )
     for key, value in options.items():
-        sides = value if isinstance(value, list) and names[key] == "block" else [value]
+        sides = value if isinstance(value, list) and names[key] in PER_AXIS else [value]
         if not all(side is None or isinstance(side, str | bool | int | float) for side in sides):
             raise InputError(f"config {path}: {key}={value!r} is no value of that option")
     # numbers as the command line would have them, which checks and converts both alike

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from cdd_dask.tables import text_table
 if TYPE_CHECKING:
     import zarr
 
+STATISTICS = ("count", "sum", "sum_abs", "sum_squares", "min", "max")
+
 
 class Decomposition:
     """A field split into its scales: ``field = sum(channels) + residual``.
@@ -31,8 +34,10 @@ class Decomposition:
     Attributes
     ----------
     scales : ndarray
-        Scale edges in voxels, shape ``(number of channels,)``; channel ``k`` holds the
+        Scale edges in `unit`, shape ``(number of channels,)``; channel ``k`` holds the
         structures from ``scales[k - 1]`` (0 for the first) to ``scales[k]``.
+    unit : str
+        What scales are counted in: ``voxels``, or the unit of the spacing.
     channels : tuple of zarr.Array
         One per edge, from the finest to the coarsest, each of the field's shape.
     residual : zarr.Array
@@ -49,6 +54,7 @@ class Decomposition:
         self.attrs: Mapping[str, Any] = MappingProxyType(attributes)
         self.scales: NDArray[np.float64] = np.array(attributes["edges"], np.float64)
         self.parameters = Parameters(**attributes["parameters"])
+        self.unit = self.parameters.scale_unit
         names = [*map(store.channel_name, range(len(self.scales))), store.RESIDUAL]
         images: list[Any] = [root[store.image_path(name)] for name in names]
         self.channels: tuple[Any, ...] = tuple(images[:-1])
@@ -94,7 +100,7 @@ class Decomposition:
         -------
         ndarray
             In the working dtype (summed in float64), equal to the field within 4 units in the
-            last place of its maximum.
+            last place of its maximum; NaN where it is blank.
         """
         where = () if region is None else region
         total: NDArray[Any] = np.array(self.channels[0][where], np.float64)
@@ -103,16 +109,41 @@ class Decomposition:
         return total.astype(self.parameters.dtype)
 
     def outputs(self) -> Iterator[tuple[str, float, float | None, dict[str, Any]]]:
-        """Name, lower and upper scale in voxels, and statistics of every output."""
+        """Name, lower and upper scale in `unit`, and statistics of every output."""
         for name, group in self._groups.items():
             yield name, group["scale_from"], group["scale_to"], group.get("statistics", {})
 
-    def shares(self) -> list[float]:
-        """Share of every output (channels, then residual) in the sum of all ``Σ |values|``."""
+    def scale_spectrum(self) -> np.recarray[Any, Any]:
+        """How the field is shared among its scales (Li 2022), one row for every output.
+
+        Nothing is read but attributes, whatever the size of the field.
+
+        Returns
+        -------
+        recarray
+            Shape ``(number of channels + 1,)``, the last row being the residual's, with the
+            columns ``output`` (its name), ``scale_from`` and ``scale_to`` (in `unit`; infinite
+            for the residual), ``count`` (voxels that are not blank), ``sum``, ``sum_abs``,
+            ``sum_squares``, ``min``, ``max`` (in the field's unit), and ``share``: of the sum
+            of absolute values of all outputs. ``pandas.DataFrame(spectrum)`` takes it as it is.
+            Ask for ``spectrum["sum"]``: as attributes some names mean methods.
+
+        Raises
+        ------
+        StoreError
+            If the store is not complete.
+        """
         self._check_complete()
-        sums = [statistics["sum_abs"] for *_, statistics in self.outputs()]
-        total = sum(sums)
-        return [part / total if total else 0.0 for part in sums]
+        rows = [
+            (name, low, math.inf if high is None else high, *map(numbers.get, STATISTICS), 0.0)
+            for name, low, high, numbers in self.outputs()
+        ]
+        kinds = [("scale_from", "f8"), ("scale_to", "f8"), ("count", "i8")]
+        kinds += [(name, "f8") for name in (*STATISTICS[1:], "share")]
+        spectrum = np.array(rows, dtype=[("output", "U16"), *kinds]).view(np.recarray)
+        total = spectrum["sum_abs"].sum()
+        spectrum["share"] = spectrum["sum_abs"] / total if total else 0.0
+        return spectrum
 
     def _check_complete(self) -> None:
         if self.attrs["complete"] is not True:
@@ -120,13 +151,13 @@ class Decomposition:
 
     def table(self) -> str:
         """Scale range, share, minimum and maximum of every output, as text."""
-        self._check_complete()
         rows = []
-        for (name, low, high, numbers), share in zip(self.outputs(), self.shares(), strict=True):
-            scales = f"{low:g} - {high:g}" if high is not None else f"> {low:g}"
-            extremes = [f"{numbers['min']:.6g}", f"{numbers['max']:.6g}"]
-            rows.append([name, scales, f"{100 * share:.2f}%", *extremes])
-        return text_table(["output", "scales (voxels)", "share", "min", "max"], rows)
+        for row in self.scale_spectrum():
+            low, high = row["scale_from"], row["scale_to"]
+            scales = f"> {low:g}" if math.isinf(high) else f"{low:g} - {high:g}"
+            numbers = [f"{100 * row['share']:.2f}%", f"{row['min']:.6g}", f"{row['max']:.6g}"]
+            rows.append([str(row["output"]), scales, *numbers])
+        return text_table(["output", f"scales ({self.unit})", "share", "min", "max"], rows)
 
     def __repr__(self) -> str:
         size = " × ".join(map(str, self.shape))
@@ -136,10 +167,19 @@ class Decomposition:
         return (
             f"<{state}Decomposition of {size} {self.parameters.dtype} voxels ({volume} a channel) "
             f"into {len(self.scales)} channels and a residual\n"
-            f"  scales  {scales} voxels\n"
-            f"  source  {self.attrs['source']['description']}\n"
+            f"  scales  {scales} {self.unit}\n"
+            f"  source  {self.attrs['source']['description']}{self._stated_spacing()}\n"
             f"  store   {self.path or 'in memory'}>"
         )
+
+    def _stated_spacing(self) -> str:
+        """The spacing that the source itself states, for people."""
+        spacing, units = (self.attrs["source"].get(key) for key in ("spacing", "units"))
+        if spacing is None:
+            return ""
+        named = zip(spacing, units or [None] * len(spacing), strict=True)
+        stated = " × ".join(f"{step:.6g} {unit}" if unit else f"{step:.6g}" for step, unit in named)
+        return f" (states a spacing of {stated})"
 
 
 def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> Decomposition:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from cdd_dask.blocks import Grid, haloed_shape, storage_chunks
+from cdd_dask.blocks import Grid, storage_chunks
 from cdd_dask.engines.base import Footprint
 from cdd_dask.errors import InputError
 
@@ -105,37 +106,60 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
 
 
-def task_peak(
-    grid: Grid,
-    depth: tuple[int, ...],
-    boundary: str,
-    footprint: Footprint,
-    itemsize: int,
-    source_itemsize: int,
-    source_chunk: tuple[int, ...] | None,
-) -> int:
-    """Bytes that one task of a stage holds at its peak on the host.
+@dataclass(frozen=True)
+class TaskMemory:
+    """What decides how many bytes one task holds at its peak."""
 
-    The largest of its three phases: reading the haloed block (and converting its type),
-    diffusing it while the core's start is kept, and encoding a core to write it.
-    """
-    shape = haloed_shape(grid, depth, boundary)
-    haloed = math.prod(shape)
-    core = math.prod(grid.block) * itemsize
-    shard, chunk = storage_chunks(grid)
-    # one shard is read at a time: its chunks encoded, some of them decoded
-    fetching = math.prod(shard) * itemsize + CHUNKS_IN_FLIGHT * math.prod(chunk) * itemsize
-    if source_chunk is not None:
-        count = math.prod(-(-n // c) for n, c in zip(grid.shape, source_chunk, strict=True))
-        in_flight = min(CHUNKS_IN_FLIGHT, count) * math.prod(source_chunk)
-        fetching = max(fetching, 2 * in_flight * source_itemsize)
-    reading = haloed * (itemsize + source_itemsize) + fetching
-    diffusing = haloed * footprint.host + max(shape) * footprint.line + core
-    # the field with its halo, its core, the channel, and the shard encoded and then joined
-    writing = haloed * itemsize + 2 * core + 2 * math.prod(shard) * itemsize
-    return max(reading, diffusing, writing) + TASK_OVERHEAD
+    grid: Grid
+    """The volume cut into blocks."""
+    haloed: tuple[int, ...]
+    """Shape of the largest block with its halo, in voxels."""
+    footprint: Footprint
+    """The engine's working memory."""
+    itemsize: int
+    """Bytes per voxel of the working field."""
+    source_itemsize: int
+    """Bytes per voxel of the source."""
+    source_chunk: tuple[int, ...] | None
+    """Shape of what the source decodes at once, in voxels."""
+    cells: tuple[int, ...] | None = None
+    """Shape of the largest tile with its halo on the refined grid, where there is one."""
+    channels: int = 1
+    """Channels that the pass computes."""
 
+    @property
+    def host(self) -> int:
+        """Bytes on the host.
 
-def device_peak(grid: Grid, depth: tuple[int, ...], boundary: str, footprint: Footprint) -> int:
-    """Bytes that one task holds at its peak on the engine's device."""
-    return math.prod(haloed_shape(grid, depth, boundary)) * footprint.device
+        The largest of the three phases of a task: reading the haloed block (and converting its
+        type), diffusing it while the core's start is kept, and encoding a core to write it.
+        """
+        haloed = math.prod(self.haloed) * self.itemsize
+        core = math.prod(self.grid.block) * self.itemsize
+        shard, chunk = storage_chunks(self.grid)
+        # one shard is read at a time: its chunks encoded, some of them decoded
+        encoded = math.prod(shard) * self.itemsize
+        fetching = encoded + CHUNKS_IN_FLIGHT * math.prod(chunk) * self.itemsize
+        if self.source_chunk is not None:
+            parts = zip(self.grid.shape, self.source_chunk, strict=True)
+            count = math.prod(-(-n // c) for n, c in parts)
+            in_flight = min(CHUNKS_IN_FLIGHT, count) * math.prod(self.source_chunk)
+            fetching = max(fetching, 2 * in_flight * self.source_itemsize)
+        reading = haloed + math.prod(self.haloed) * self.source_itemsize + fetching
+        work, lines = self.footprint.host, self.footprint.line
+        if self.cells is None:
+            diffusing = math.prod(self.haloed) * work + max(self.haloed) * lines + core
+            writing = haloed + 2 * core + 2 * encoded
+        else:
+            # interpolating holds the cells, and about as much again of what they are made of
+            refined = math.prod(self.cells) * max(work, 3 * self.itemsize + 1)
+            fields = haloed + (self.channels + 1) * core
+            diffusing = fields + refined + max(self.cells) * lines
+            writing = fields + 2 * core + 2 * encoded
+        # with the field, its core and the channel; the shard is encoded and then joined
+        return max(reading, diffusing, writing) + TASK_OVERHEAD
+
+    @property
+    def device(self) -> int:
+        """Bytes on the engine's device."""
+        return math.prod(self.cells or self.haloed) * self.footprint.device

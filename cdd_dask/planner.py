@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import mul
 from typing import NoReturn
 
-from cdd_dask.blocks import Grid, haloed_voxels
+from cdd_dask.blocks import Grid, haloed_shape, haloed_voxels
 from cdd_dask.errors import BudgetError, InputError
-from cdd_dask.halo import halo_depth
-from cdd_dask.memory import device_peak, format_bytes, task_peak
+from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
+from cdd_dask.memory import TaskMemory, format_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Plan, Resources, Stage, Volume
 from cdd_dask.scales import scale_edges
@@ -21,6 +21,10 @@ SMALLEST_CORE = 16
 """Blocks are not made smaller than this, nor than their halo's depth: they would be all halo."""
 CORE_MULTIPLE = 32
 """Longer cores are a multiple of this, so that chunks divide them well."""
+SMALLEST_TILE = 8
+"""Tiles on the refined grid are not made smaller than this, in voxels."""
+TILE_SHARE = 0.5
+"""Share of a task's memory that a tile on the refined grid may take, of as many as fit."""
 DISK_SPEED = 2e8
 """Bytes per second and task, compressed on the way, for estimates of time only."""
 
@@ -87,13 +91,27 @@ class _Draft:
     steps: tuple[Steps, ...]
     depths: tuple[tuple[int, ...], ...]
     """Halo of every channel in voxels per axis, where the volume is cut."""
+    blank_depths: tuple[tuple[int, ...], ...]
+    """The same for blocks that hold blank voxels."""
+    tile: tuple[int, ...]
+    """What is refined at once, in voxels, where blocks are larger."""
 
     @staticmethod
     def make(parameters: Parameters, volume: Volume, resources: Resources) -> _Draft:
         edges = scale_edges(parameters, volume.shape)
         steps = channel_steps(parameters, edges, len(volume.shape))
-        depths = tuple(halo_depth(s, parameters.rtol, len(edges)) for s in steps)
-        return _Draft(parameters, volume, resources, edges, steps, depths)
+        depths = channel_halos(steps, parameters.rtol)
+        blanks = parameters.nan == "mask" and volume.may_be_blank
+        blank_depths = channel_halos(steps, parameters.rtol / BLANK_MARGIN) if blanks else depths
+        draft = _Draft(
+            parameters, volume, resources, edges, steps, depths, blank_depths, volume.shape
+        )
+        return replace(draft, tile=draft.choose_tile()) if draft.refined else draft
+
+    @property
+    def refined(self) -> int:
+        """Number of channels computed on the refined grid."""
+        return sum(steps.refinement > 1 for steps in self.steps)
 
     @property
     def field_bytes(self) -> int:
@@ -110,39 +128,66 @@ class _Draft:
         The last stage reads one working field while it writes the last channel and the
         residual; no earlier stage holds more.
         """
-        working = self.copies_in(grid) or (len(grid) > 1 and len(self.edges) > 1)
-        return len(self.edges) + 1 + working
+        several = len(grid) > 1 and len(channel_passes(self.steps)) > 1
+        return len(self.edges) + 1 + (self.copies_in(grid) or several)
 
-    def task_peak(self, grid: Grid, depth: tuple[int, ...]) -> int:
-        """Bytes that one task holds at its peak on the host."""
-        return task_peak(
-            grid,
-            depth,
-            self.parameters.boundary,
-            self.resources.footprint,
-            self.parameters.itemsize,
-            self.volume.source_itemsize,
-            self.volume.source_chunk,
+    def task_memory(self, grid: Grid, k: int) -> TaskMemory:
+        """What decides the bytes that a task of channel `k` holds at its peak."""
+        depth, boundary = self.blank_depths[k], self.parameters.boundary
+        refined = self.steps[k].refinement > 1
+        return TaskMemory(
+            grid=grid,
+            haloed=haloed_shape(grid, depth, boundary),
+            footprint=self.resources.footprint,
+            itemsize=self.parameters.itemsize,
+            source_itemsize=self.volume.source_itemsize,
+            source_chunk=self.volume.source_chunk,
+            cells=self.cells(self.tiles(grid), k) if refined else None,
+            channels=self.refined if refined else 1,
         )
 
-    def device_peak(self, grid: Grid, depth: tuple[int, ...]) -> int:
-        """Bytes that one task holds at its peak on the device."""
-        return device_peak(grid, depth, self.parameters.boundary, self.resources.footprint)
+    def tiles(self, grid: Grid) -> Grid:
+        """The volume cut into tiles of the refined grid, as if blocks were whole tiles."""
+        return Grid(grid.shape, tuple(map(min, self.tile, grid.block)))
+
+    def cells(self, tiles: Grid, k: int) -> tuple[int, ...]:
+        """Shape of the largest of `tiles` with the halo of channel `k`, in cells."""
+        voxels = haloed_shape(tiles, self.blank_depths[k], self.parameters.boundary)
+        return tuple(
+            n * (self.steps[k].refinement if kernel.radius else 1)
+            for n, kernel in zip(voxels, self.steps[k].kernels, strict=True)
+        )
+
+    def choose_tile(self) -> tuple[int, ...]:
+        """The largest near-cubic tile whose cells take no more than their share of memory."""
+        shape, resources = self.volume.shape, self.resources
+        allowed = TILE_SHARE * resources.memory / resources.tasks_per_budget
+        tiles = list(self._candidates(SMALLEST_TILE, self.blank_depths[0]))
+        for tile in tiles:
+            cells = math.prod(self.cells(tile, 0))
+            device = resources.device_memory
+            if cells * max(resources.footprint.host, 3 * self.parameters.itemsize) <= allowed:
+                if device is None or cells * resources.footprint.device <= device:
+                    return tile.block
+        return tiles[-1].block if tiles else shape
 
     def peak(self, grid: Grid) -> int:
         """Bytes on the host of all tasks that run at once, and of an output kept there."""
-        worst = max(self.task_peak(grid, depth) for depth in self.depths)
+        worst = max(self.task_memory(grid, k).host for k in range(len(self.edges)))
         # in memory a chunk is a block, and those at the edges are held at full size
         stored = math.prod(map(mul, grid.counts, grid.block)) * self.parameters.itemsize
         output = self.stored_fields(grid) * stored if self.resources.in_memory else 0
         return min(self.resources.tasks_per_budget, len(grid)) * worst + output
 
+    def device_peak(self, grid: Grid) -> int:
+        """Bytes that one task holds at its peak on the device."""
+        return max(self.task_memory(grid, k).device for k in range(len(self.edges)))
+
     def fits(self, grid: Grid) -> bool:
         """Whether tasks of `grid` fit the memory of host and device."""
         device = self.resources.device_memory
-        if device is not None:
-            if max(self.device_peak(grid, depth) for depth in self.depths) > device:
-                return False
+        if device is not None and self.device_peak(grid) > device:
+            return False
         return self.peak(grid) <= self.resources.memory
 
     def check(self, block: tuple[int, ...]) -> tuple[int, ...]:
@@ -161,7 +206,8 @@ class _Draft:
 
     def choose_block(self) -> tuple[int, ...]:
         """The core that is done first, of those that fit: large, but enough for all workers."""
-        grids = list(self._candidates())
+        deepest = tuple(max(along) for along in zip(*self.blank_depths, strict=True))
+        grids = list(self._candidates(SMALLEST_CORE, deepest))
         fitting = [grid for grid in grids if self.fits(grid)]
         if not fitting:
             grid = min(grids, key=self.peak)
@@ -170,19 +216,27 @@ class _Draft:
 
     def longest_work(self, grid: Grid) -> float:
         """Voxel-steps of the worker that has the most to do, if blocks were all alike."""
-        boundary = self.parameters.boundary
         work = sum(
-            steps.count * haloed_voxels(grid, depth, boundary)
-            for steps, depth in zip(self.steps, self.depths, strict=True)
+            steps.count * self.computed(grid, k, self.depths[k])
+            for k, steps in enumerate(self.steps)
         )
         rounds = -(-len(grid) // self.resources.workers)
         return work * rounds / len(grid)
 
-    def _candidates(self) -> Iterator[Grid]:
-        """The whole volume, then ever smaller near-cubic blocks, down to the smallest sensible."""
+    def computed(self, grid: Grid, k: int, depth: tuple[int, ...]) -> int:
+        """Voxels (or cells) that all blocks of channel `k` compute, with halos of `depth`."""
+        factor = self.steps[k].refinement
+        cut = self.tiles(grid) if factor > 1 else grid
+        axes = sum(kernel.radius > 0 for kernel in self.steps[k].kernels)
+        return int(haloed_voxels(cut, depth, self.parameters.boundary) * factor**axes)
+
+    def _candidates(self, smallest: int, depth: tuple[int, ...]) -> Iterator[Grid]:
+        """The whole volume, then ever smaller blocks, shaped like their halo, down to `smallest`.
+
+        Where there is no halo a cut costs nothing, so it comes first.
+        """
         shape = self.volume.shape
-        deepest = [max(along) for along in zip(*self.depths, strict=True)]
-        least = tuple(min(n, max(SMALLEST_CORE, h)) for n, h in zip(shape, deepest, strict=True))
+        least = tuple(min(n, max(smallest, h)) for n, h in zip(shape, depth, strict=True))
         counts = [1] * len(shape)
         while True:
             block = tuple(map(_core, shape, counts, least))
@@ -190,7 +244,9 @@ class _Draft:
             divisible = [axis for axis, b in enumerate(block) if b > least[axis]]
             if not divisible:
                 return
-            axis = max(divisible, key=lambda a: block[a])
+            axis = max(
+                divisible, key=lambda a: (block[a] / depth[a] if depth[a] else math.inf, block[a])
+            )
             while _core(shape[axis], counts[axis], least[axis]) == block[axis]:
                 counts[axis] += 1 + counts[axis] // 32
 
@@ -198,10 +254,13 @@ class _Draft:
         """Raise the `BudgetError` that says what `grid` needs and what would help."""
         resources = self.resources
         needed, allowed = self.peak(grid), resources.memory
-        deepest = max(range(len(self.depths)), key=lambda k: max(self.depths[k]))
-        halo = f"the halo of channel {deepest} is {max(self.depths[deepest])} voxels deep"
+        depths = self.blank_depths
+        deepest = max(range(len(depths)), key=lambda k: max(depths[k]))
+        halo = f"the halo of channel {deepest} is {max(depths[deepest])} voxels deep"
+        if self.refined:
+            remedy += "lower upsample, "
         if needed <= allowed:
-            needed = max(self.device_peak(grid, depth) for depth in self.depths)
+            needed = self.device_peak(grid)
             raise BudgetError(
                 f"{what} needs {format_bytes(needed)} on {resources.device} ({halo}), where "
                 f"{format_bytes(resources.device_memory or 0)} are free: {remedy}lower max_scale "
@@ -221,42 +280,56 @@ class _Draft:
         if number == 0:
             return self._copying_in(grid)
         k = number - 1
-        steps = self.steps[k]
-        cut = [count > 1 for count in grid.counts]
-        depth = tuple(h if is_cut else 0 for h, is_cut in zip(self.depths[k], cut, strict=True))
-        haloed = haloed_voxels(grid, depth, self.parameters.boundary)
+        steps, memory = self.steps[k], self.task_memory(grid, k)
+        cut = [count > 1 for count in (self.tiles(grid) if steps.refinement > 1 else grid).counts]
+        depth, blank_depth = (
+            tuple(h if is_cut else 0 for h, is_cut in zip(depths[k], cut, strict=True))
+            for depths in (self.depths, self.blank_depths)
+        )
+        computed = self.computed(grid, k, depth)
         voxels, itemsize = math.prod(grid.shape), self.parameters.itemsize
         from_source = k == 0 and not self.copies_in(grid)
-        # a volume of one block is read once, and its field stays in memory between channels
+        # what starts a pass is read; between its channels the field stays in memory
         one_block = len(grid) == 1
-        read = 0 if one_block and k else haloed
-        written = voxels if one_block and k < len(self.edges) - 1 else 2 * voxels
-        reach = zip(depth, steps.reach, cut, strict=True)
-        error = "exact"
-        if any(is_cut and h < strict for h, strict, is_cut in reach):
-            one_sign = self.parameters.constraint == "constrained"
-            error = "bounded (one sign)" if one_sign else "bounded"
+        starts_pass = k == 0 or not (one_block or k < self.refined)
+        ends_pass = k == len(self.edges) - 1 or not (one_block or k < self.refined - 1)
+        read = haloed_voxels(grid, depth, self.parameters.boundary) if starts_pass else 0
+        written = 2 * voxels if ends_pass else voxels
         return Stage(
             number=number,
             scale_from=self.edges[k - 1] if k else 0.0,
             scale_to=self.edges[k],
             steps=steps.count,
-            sigma=steps.kernels[0].sigma,
-            radius=steps.kernels[0].radius,
-            regime="direct",
+            sigma=max(kernel.sigma for kernel in steps.kernels),
+            radius=max(kernel.radius for kernel in steps.kernels),
+            regime="refined" if steps.refinement > 1 else "direct",
             passes=1,
             level=0,
             depth=depth,
+            blank_depth=blank_depth,
+            refinement=steps.refinement,
+            tile=self.tiles(grid).block if steps.refinement > 1 else grid.block,
             tasks=len(grid),
-            haloed_voxels=haloed,
-            voxel_steps=haloed * steps.count,
+            haloed_voxels=computed,
+            voxel_steps=computed * steps.count,
             bytes_read=read * (self.volume.source_itemsize if from_source else itemsize),
             bytes_written=written * itemsize,
-            peak_memory=self.task_peak(grid, depth),
-            peak_device_memory=self.device_peak(grid, depth),
-            seconds=self._seconds(grid, haloed * steps.count, (read + written) * itemsize),
-            error=error,
+            peak_memory=memory.host,
+            peak_device_memory=memory.device,
+            seconds=self._seconds(grid, computed * steps.count, (read + written) * itemsize),
+            error=self._error(k, depth, cut),
         )
+
+    def _error(self, k: int, depth: tuple[int, ...], cut: list[bool]) -> str:
+        """What is known of the error that cutting causes in channel `k`."""
+        passes = next(p for p in channel_passes(self.steps) if k in p)
+        factor = self.steps[k].refinement
+        for axis, is_cut in enumerate(cut):
+            reach = sum(steps.reach[axis] for steps in self.steps[passes.start : passes.stop])
+            if is_cut and depth[axis] * factor < reach:
+                one_sign = self.parameters.constraint == "constrained"
+                return "bounded (one sign)" if one_sign else "bounded"
+        return "exact"
 
     def _copying_in(self, grid: Grid) -> Stage:
         """Stage 0: the source, block by block, into the store's first working field."""
@@ -273,12 +346,15 @@ class _Draft:
             passes=1,
             level=0,
             depth=depth,
+            blank_depth=depth,
+            refinement=1,
+            tile=grid.block,
             tasks=len(grid),
             haloed_voxels=voxels,
             voxel_steps=0,
             bytes_read=read,
             bytes_written=self.field_bytes,
-            peak_memory=self.task_peak(grid, depth),
+            peak_memory=replace(self.task_memory(grid, 0), haloed=grid.block, cells=None).host,
             peak_device_memory=0,
             seconds=self._seconds(grid, 0, read + self.field_bytes),
             error="exact",

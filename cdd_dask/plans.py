@@ -31,6 +31,8 @@ class Volume:
     """Whether the source is a Zarr array, which halo'd blocks are read from directly."""
     reachable: bool = True
     """Whether the tasks can open the source; else it is copied into the store first."""
+    may_be_blank: bool = True
+    """Whether voxels can be blank: whether the source's type has NaN."""
 
 
 @dataclass(frozen=True)
@@ -68,27 +70,34 @@ class Stage:
     number: int
     """0 for the copying-in, ``k + 1`` for channel `k`."""
     scale_from: float
-    """Lower scale edge in voxels, 0 for the first channel."""
+    """Lower scale edge in the unit of scales, 0 for the first channel."""
     scale_to: float
-    """Upper scale edge in voxels."""
+    """Upper scale edge in the unit of scales."""
     steps: int
     """Number of diffusion steps."""
     sigma: float
-    """Standard deviation of one step's kernel in voxels."""
+    """Largest standard deviation along an axis of one step's kernel, in cells."""
     radius: int
-    """Radius of one step's kernel in voxels."""
+    """Largest radius along an axis of one step's kernel, in cells."""
     regime: str
-    """How the channel is computed: ``copy`` or ``direct`` (full kernels, halo'd blocks)."""
+    """How the channel is computed: ``copy``, ``direct`` (full kernels, halo'd blocks), or
+    ``refined`` (the same on a finer grid, tile by tile, with all other refined channels)."""
     passes: int
     """Times the volume is read and written."""
     level: int
     """Coarse level that the smoothing uses; 0 is the full grid."""
     depth: tuple[int, ...]
     """Halo in voxels per axis; 0 along axes that are not cut."""
+    blank_depth: tuple[int, ...]
+    """Halo of blocks that hold blank voxels."""
+    refinement: int
+    """Cells per voxel and decomposed axis; 1 is the volume's own grid."""
+    tile: tuple[int, ...]
+    """What is computed at once of a block's core, in voxels: all of it, but on a refined grid."""
     tasks: int
     """Number of tasks."""
     haloed_voxels: int
-    """Voxels computed by all tasks together, halos included."""
+    """Voxels (or cells) computed by all tasks together, halos included, none being blank."""
     voxel_steps: int
     """Steps times `haloed_voxels`."""
     bytes_read: int
@@ -114,11 +123,6 @@ class Stage:
         """Weight of the stage in the run's progress."""
         return self.voxel_steps + self.haloed_voxels
 
-    @property
-    def name(self) -> str:
-        """What a person calls the stage's tasks."""
-        return f"decompose-ch{self.channel:02d}-pass1" if self.number else "decompose-copy-in"
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -128,7 +132,7 @@ class Plan:
     volume: Volume
     resources: Resources
     edges: tuple[float, ...]
-    """Scale edges in voxels."""
+    """Scale edges, in the unit of scales."""
     block: tuple[int, ...]
     """Shape of a block's core in voxels."""
     copy_in: bool
@@ -147,9 +151,35 @@ class Plan:
         return Grid(self.volume.shape, self.block)
 
     @property
+    def blanks(self) -> bool:
+        """Whether there may be blank voxels that take no part."""
+        return self.parameters.nan == "mask" and self.volume.may_be_blank
+
+    @property
+    def cells_per_voxel(self) -> int:
+        """Cells of the refined grid in one voxel."""
+        axes = self.parameters.decomposed_axes(len(self.volume.shape))
+        return int(self.parameters.upsample ** len(axes))
+
+    @property
     def one_block(self) -> bool:
         """Whether one task computes everything, so that no working field is stored."""
         return len(self.grid) == 1
+
+    @property
+    def passes(self) -> tuple[tuple[Stage, ...], ...]:
+        """The stages that one task computes in one go, between two barriers.
+
+        All of them where the volume is one block; else the refined ones are one pass, and every
+        other is one by itself.
+        """
+        copying = tuple((stage,) for stage in self.stages if stage.number == 0)
+        channels = tuple(stage for stage in self.stages if stage.number > 0)
+        if self.one_block:
+            return (*copying, channels)
+        refined = tuple(stage for stage in channels if stage.refinement > 1)
+        native = tuple((stage,) for stage in channels if stage.refinement == 1)
+        return (*copying, *((refined,) if refined else ()), *native)
 
     @property
     def seconds(self) -> float:
@@ -182,12 +212,19 @@ def describe_plan(plan: Plan) -> str:
         else f"disk       up to {format_bytes(plan.disk_bytes)} in {plan.files} files",
         f"time       about {format_seconds(plan.seconds)} (rough)",
     ]
-    if any("one sign" in stage.error for stage in plan.stages):
-        lines.append("error      bounded for a field of one sign, estimated for mixed signs")
+    refined = [stage for stage in plan.stages if stage.refinement > 1]
+    if refined:
+        work, cells = sum(stage.work for stage in plan.stages), plan.cells_per_voxel
+        lines.append(
+            f"upsample   channels 0 - {refined[-1].channel} on {cells} cells a voxel: "
+            f"{100 * sum(stage.work for stage in refined) / work:.0f}% of the run's work"
+        )
+    lines += describe_error(plan)
+    scales = f"scales ({plan.parameters.scale_unit})"
     columns: dict[str, Callable[[Stage], str]] = {
         "stage": lambda s: f"channel {s.channel}" if s.number else "copy in",
-        "scales": lambda s: f"{s.scale_from:g} - {s.scale_to:g}" if s.number else "",
-        "regime": lambda s: s.regime,
+        scales: lambda s: f"{s.scale_from:g} - {s.scale_to:g}" if s.number else "",
+        "regime": lambda s: f"{s.regime} ×{s.refinement}" if s.refinement > 1 else s.regime,
         "passes": lambda s: str(s.passes),
         "steps": lambda s: str(s.steps),
         "sigma": lambda s: f"{s.sigma:.3g}",
@@ -204,6 +241,18 @@ def describe_plan(plan: Plan) -> str:
     }
     rows = [[column(stage) for column in columns.values()] for stage in plan.stages]
     return "\n".join([*lines, "", text_table(list(columns), rows)])
+
+
+def describe_error(plan: Plan) -> list[str]:
+    """What the plan promises of the error that blocks cause, where that depends on the data."""
+    conditions = []
+    if any("one sign" in stage.error for stage in plan.stages):
+        conditions.append("of one sign")
+    if plan.blanks and any(stage.error != "exact" for stage in plan.stages):
+        conditions.append("without blank voxels")
+    if not conditions:
+        return []
+    return [f"error      bounded for a field {' and '.join(conditions)}, else estimated"]
 
 
 def format_seconds(seconds: float) -> str:

@@ -29,8 +29,11 @@ def resolve_resources(
     workers: int | None,
     client: Any,
     in_memory: bool,
+    blanks: bool,
 ) -> Resources:
     """Turn what the user asked for into what the run will use.
+
+    `blanks` says whether there may be blank voxels, for which engines need more memory.
 
     Raises
     ------
@@ -42,7 +45,7 @@ def resolve_resources(
     name = _executor_name(executor, workers, client, in_memory)
     budget = None if memory is None else byte_count("memory", memory)
     if client is not None:
-        return _on_client(parameters, engine, device, budget, client)
+        return _on_client((engine, device, parameters.itemsize, blanks), budget, client)
     count = _worker_count(name, workers)
     chosen = load_engine(engine, device)
     free = chosen.free_device_memory()
@@ -54,7 +57,7 @@ def resolve_resources(
         tasks_per_budget=count,
         memory=budget or available_memory() // 2,
         threads=max(1, _cores() // count),
-        footprint=chosen.footprint(parameters.itemsize),
+        footprint=chosen.footprint(parameters.itemsize, blanks),
         voxel_steps_per_second=chosen.voxel_steps_per_second,
         device_memory=None if free is None else free // count,
         in_memory=in_memory,
@@ -92,18 +95,18 @@ def _cores() -> int:
 
 
 def _on_client(
-    parameters: Parameters, engine: str, device: str | None, budget: int | None, client: Any
+    wanted: tuple[str, str | None, int, bool], budget: int | None, client: Any
 ) -> Resources:
-    """Resources of the workers of a user's cluster."""
+    """Resources of the workers of a user's cluster, asked for what `_probe_engine` takes."""
     from cdd_dask.executors.dask import all_have_gpus, workers_of
 
     info = workers_of(client)
-    probes = client.run(_probe_engine, engine, device, parameters.itemsize)
+    probes = client.run(_probe_engine, *wanted)
     names = {probe["engine"] for probe in probes.values()}
     if len(names) > 1:
         raise DeviceError(
-            f"engine={engine!r} is not the same on all workers ({sorted(names)}): name an engine "
-            "and a device that all have"
+            f"engine={wanted[0]!r} is not the same on all workers ({sorted(names)}): name an "
+            "engine and a device that all have"
         )
     name, on_device = names.pop()
     one_task = all_have_gpus(info)
@@ -135,14 +138,14 @@ def _on_client(
     )
 
 
-def _probe_engine(engine: str, device: str | None, itemsize: int) -> dict[str, Any]:
+def _probe_engine(engine: str, device: str | None, itemsize: int, blanks: bool) -> dict[str, Any]:
     """What a worker has."""
     chosen = load_engine(engine, device)
     return {
         "engine": (chosen.name, chosen.device),
         "device_memory": chosen.free_device_memory(),
         "devices": chosen.device_count(),
-        "footprint": chosen.footprint(itemsize),
+        "footprint": chosen.footprint(itemsize, blanks),
         "speed": chosen.voxel_steps_per_second,
         "baseline": BASELINE_TORCH if "torch" in sys.modules else BASELINE,
     }

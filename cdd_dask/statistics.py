@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 class Statistics:
     """Sums and extremes of a region's values, in float64; those of disjoint regions add up.
 
+    Blank (NaN) voxels do not count; where all are, the extremes are infinite.
+
     Examples
     --------
     >>> both = Statistics.of(np.array([1.0, -2.0])) + Statistics.of(np.array([4.0]))
@@ -31,6 +33,8 @@ class Statistics:
     def of(values: NDArray[Any]) -> Statistics:
         """The statistics of an array that is not empty."""
         flat = values.reshape(-1)
+        if np.isnan(flat.min()):
+            flat = flat[~np.isnan(flat)]
         positive = float(np.sum(flat, dtype=np.float64, where=flat > 0))
         total = float(np.sum(flat, dtype=np.float64))
         return Statistics(
@@ -38,8 +42,8 @@ class Statistics:
             sum=total,
             sum_abs=2 * positive - total,
             sum_squares=float(np.einsum("i,i->", flat, flat, dtype=np.float64)),
-            min=float(flat.min()),
-            max=float(flat.max()),
+            min=float(flat.min(initial=np.inf)),
+            max=float(flat.max(initial=-np.inf)),
         )
 
     def __add__(self, other: Statistics) -> Statistics:
@@ -53,5 +57,6 @@ class Statistics:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The statistics as plain JSON values."""
-        return asdict(self)
+        """The statistics as plain JSON values; no extremes where nothing counted."""
+        none = {} if self.count else {"min": None, "max": None}
+        return {**asdict(self), **none}

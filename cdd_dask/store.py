@@ -20,6 +20,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,26 @@ KEY = "cdd_dask"
 """The one key under which everything of ours lies in the root's and the groups' attributes."""
 RESIDUAL = "residual"
 
+OME_UNITS = {
+    "Å": "angstrom", "nm": "nanometer", "µm": "micrometer", "mm": "millimeter",
+    "cm": "centimeter", "m": "meter", "km": "kilometer", "pc": "parsec",
+    "ms": "millisecond", "s": "second", "min": "minute", "h": "hour",
+}  # fmt: skip
+"""Names that OME-Zarr has for units; others it has none for."""
+
 _numbers = itertools.count()
 _memory_stores: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of the volume, as its coordinate array and the OME metadata describe it."""
+
+    name: str
+    spacing: float
+    """Distance of neighbouring voxels, 1 where coordinates count voxels."""
+    unit: str | None
+    """Unit of `spacing`, where there is one."""
 
 
 def channel_name(k: int) -> str:
@@ -100,8 +119,7 @@ def create_store(
     address: str,
     grid: Grid,
     edges: Sequence[float],
-    dtype: str,
-    dimension_names: tuple[str, ...],
+    axes: tuple[Axis, ...],
     attributes: dict[str, Any],
 ) -> None:
     """Write all metadata of an empty store; nothing may be there.
@@ -113,20 +131,19 @@ def create_store(
     grid
         The volume cut into blocks; a shard is one block's core.
     edges
-        Scale edges in voxels.
-    dtype
-        Type of all fields.
-    dimension_names
-        Names of the axes.
+        Scale edges.
+    axes
+        The volume's axes.
     attributes
-        What the root remembers under `KEY` besides the format version.
+        What the root remembers under `KEY` besides the format version; the ``parameters`` among
+        it give the type of all fields and the unit of the edges.
     """
     root = open_root(address, mode="w-")
     root.attrs[KEY] = {"format_version": FORMAT_VERSION, **attributes, "complete": False}
     lower = [0.0, *edges]
     for k, (low, high) in enumerate(itertools.pairwise(lower)):
-        _create_output(root, channel_name(k), (low, high), grid, dtype, dimension_names)
-    _create_output(root, RESIDUAL, (edges[-1], None), grid, dtype, dimension_names)
+        _create_output(root, channel_name(k), (low, high), grid, axes, attributes["parameters"])
+    _create_output(root, RESIDUAL, (edges[-1], None), grid, axes, attributes["parameters"])
 
 
 def _create_output(
@@ -134,18 +151,23 @@ def _create_output(
     name: str,
     scales: tuple[float, float | None],
     grid: Grid,
-    dtype: str,
-    dimension_names: tuple[str, ...],
+    axes: tuple[Axis, ...],
+    parameters: dict[str, Any],
 ) -> None:
     group = root.create_group(name)
-    group.attrs[KEY] = {"scale_from": scales[0], "scale_to": scales[1], "unit": "voxel"}
-    multiscales = _ome_multiscales(name, dimension_names)
+    unit = parameters["unit"] or ("voxel" if parameters["spacing"] is None else None)
+    group.attrs[KEY] = {"scale_from": scales[0], "scale_to": scales[1], "unit": unit}
+    multiscales = _ome_multiscales(name, axes)
     if multiscales is not None:
         group.attrs["ome"] = multiscales
     level = group.create_group("scale0")
-    _create_field(level, "image", grid, dtype, dimension_names)
-    for axis, size in zip(dimension_names, grid.shape, strict=True):
-        level.create_array(axis, data=np.arange(size, dtype=np.float64), dimension_names=(axis,))
+    names = tuple(axis.name for axis in axes)
+    _create_field(level, "image", grid, parameters["dtype"], names)
+    for axis, size in zip(axes, grid.shape, strict=True):
+        coordinates = np.arange(size) * axis.spacing
+        array = level.create_array(axis.name, data=coordinates, dimension_names=(axis.name,))
+        if axis.unit is not None:
+            array.attrs["units"] = axis.unit
 
 
 def _create_field(
@@ -172,23 +194,24 @@ def _create_field(
     )
 
 
-def _ome_multiscales(name: str, dimension_names: tuple[str, ...]) -> dict[str, Any] | None:
+def _ome_multiscales(name: str, axes: tuple[Axis, ...]) -> dict[str, Any] | None:
     """OME-Zarr 0.5 metadata: for 2 or 3 space axes, after at most one axis of another kind."""
-    space = [axis for axis in dimension_names if axis in ("z", "y", "x")]
-    others = dimension_names[: len(dimension_names) - len(space)]
-    ordered = tuple(space) == tuple(axis for axis in "zyx" if axis in space)
-    if not (ordered and len(space) >= 2 and len(others) <= 1 and dimension_names[-1] == "x"):
-        return None
-    if dimension_names != (*others, *space):
+    names = [axis.name for axis in axes]
+    space = [axis for axis in names if axis in ("z", "y", "x")]
+    others = names[: len(names) - len(space)]
+    if names != [*others, *space] or space not in (["y", "x"], ["z", "y", "x"]) or len(others) > 1:
         return None
     kinds = {"t": "time", "c": "channel", "v": "velocity", "f": "frequency", "w": "wavelength"}
-    axes = [{"name": axis, "type": kinds.get(axis, "other")} for axis in others]
-    axes += [{"name": axis, "type": "space"} for axis in space]
-    scale = {"type": "scale", "scale": [1.0] * len(axes)}
+    described = []
+    for axis in axes:
+        kind = "space" if axis.name in space else kinds.get(axis.name, "other")
+        unit = OME_UNITS.get(axis.unit or "")
+        described.append({"name": axis.name, "type": kind, **({"unit": unit} if unit else {})})
+    scale = {"type": "scale", "scale": [axis.spacing for axis in axes]}
     datasets = [{"path": "scale0/image", "coordinateTransformations": [scale]}]
     return {
         "version": "0.5",
-        "multiscales": [{"name": name, "axes": axes, "datasets": datasets}],
+        "multiscales": [{"name": name, "axes": described, "datasets": datasets}],
     }
 
 

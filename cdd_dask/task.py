@@ -16,13 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask import store
-from cdd_dask.blocks import Grid, HaloedBlock, haloed_block
+from cdd_dask.blocks import Grid, HaloedBlock, haloed_block, shifted, starts, with_halo
 from cdd_dask.engines import Diffusion, Engine, load_engine
 from cdd_dask.errors import BlockError
+from cdd_dask.halo import channel_passes
 from cdd_dask.kernels import discrete_gaussian
 from cdd_dask.memory import return_freed_memory
 from cdd_dask.parameters import Parameters
-from cdd_dask.readers import NonFiniteError, open_source, read_finite
+from cdd_dask.readers import BadValueError, open_source, read_field
+from cdd_dask.readers.regions import read_region
+from cdd_dask.refinement import Refinement
 from cdd_dask.statistics import Statistics
 from cdd_dask.time_stepping import Steps, channel_steps
 
@@ -50,6 +53,10 @@ class TaskResult:
     block: int
     statistics: dict[str, Statistics]
     """Statistics of what was written (and of the ``source``), by the output's name."""
+    computed: int
+    """Number of channels that were diffused."""
+    empty: int
+    """Number of channels that were not: the block had nothing but zeros and blank voxels."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,9 @@ class _Job:
 
     parameters: Parameters
     grid: Grid
-    depths: dict[int, tuple[int, ...]]
+    depths: dict[int, tuple[tuple[int, ...], ...]]
+    """Halos of a stage's blocks: without blank voxels, and with them."""
+    tiles: dict[int, tuple[int, ...]]
     steps: tuple[Steps, ...]
     engine_name: str
     device: str
@@ -74,8 +83,10 @@ class _Job:
         """Whether `stage` starts from the source rather than from a working field."""
         return stage == 0 or (stage == 1 and not self.copy_in)
 
-    def is_last(self, stage: int) -> bool:
-        return stage == len(self.steps)
+    def output(self, stage: int) -> str:
+        """Where the field lies that `stage` ends with: the residual, for the last."""
+        last = stage == len(self.steps)
+        return store.image_path(store.RESIDUAL) if last else store.field_path(stage)
 
 
 @contextmanager
@@ -111,15 +122,15 @@ def run_task(task: Task) -> TaskResult:
 
     Raises
     ------
-    NonFiniteError
-        If the source holds a NaN or an infinity there.
+    BadValueError
+        If the source holds values there that are refused.
     BlockError
         If anything else goes wrong; the message names the block, its region and the cause.
     """
     try:
         store.root_of_run(task.address, task.run)  # also where the job is known already
         return _run(_load_job(task.address, task.run), task)
-    except NonFiniteError:
+    except BadValueError:
         raise
     except Exception as error:
         raise BlockError(f"{describe_task(task)} failed: {_reason(error)}") from error
@@ -138,7 +149,7 @@ def describe_task(task: Task) -> str:
 
 def _stage_name(stages: tuple[int, ...]) -> str:
     if len(stages) > 1:
-        return "all channels"
+        return f"channels {stages[0] - 1} to {stages[-1] - 1}"
     return f"channel {stages[0] - 1}" if stages[0] else "the copying-in"
 
 
@@ -159,7 +170,11 @@ def _load_job(address: str, run: str) -> _Job:
     return _Job(
         parameters=parameters,
         grid=Grid(shape, tuple(plan["block"])),
-        depths={stage["number"]: tuple(stage["depth"]) for stage in plan["stages"]},
+        depths={
+            stage["number"]: (tuple(stage["depth"]), tuple(stage["blank_depth"]))
+            for stage in plan["stages"]
+        },
+        tiles={stage["number"]: tuple(stage["tile"]) for stage in plan["stages"]},
         steps=channel_steps(parameters, tuple(attributes["edges"]), len(shape)),
         engine_name=plan["resources"]["engine"],
         device=plan["resources"]["device"],
@@ -171,46 +186,120 @@ def _load_job(address: str, run: str) -> _Job:
 def _run(job: _Job, task: Task) -> TaskResult:
     """Compute the stages of `task`; between them the field stays in memory."""
     statistics: dict[str, Statistics] = {}
-    block = haloed_block(job.grid, task.block, job.depths[task.stages[0]], job.parameters.boundary)
     core = job.grid.core(task.block)
-    field = _read(job, task, block)
+    field, block, depth = _read(job, task)
     if job.has_source(task.stages[0]):
         statistics["source"] = Statistics.of(np.ascontiguousarray(field[block.inner]))
-    for stage in task.stages:
-        if stage == 0:
-            store.write_block(task.address, store.field_path(0), core, field)
+    if task.stages == (0,):
+        store.write_block(task.address, store.field_path(0), core, field)
+        return TaskResult(task.block, statistics, computed=0, empty=0)
+    empty = 0
+    for channels in channel_passes(job.steps):
+        if channels.start + 1 not in task.stages:
             continue
-        k = stage - 1
-        start = field[block.inner].copy()
-        field = _diffuse(job, k, field, block)
-        end = field[block.inner]
-        if stage == task.stages[-1]:
-            # the next channel, or a reader, starts from here
-            end = np.ascontiguousarray(end)
-            del field
-            last = job.is_last(stage)
-            path = store.image_path(store.RESIDUAL) if last else store.field_path(stage)
-            if last:
-                statistics[store.RESIDUAL] = Statistics.of(end)
-            store.write_block(task.address, path, core, end)
-        # a channel is I(t_{k-1}) - I(t_k): the sum of all telescopes (Li 2022)
-        channel = np.subtract(start, end, out=start)
-        name = store.channel_name(k)
-        statistics[name] = Statistics.of(channel)
-        store.write_block(task.address, store.image_path(name), core, channel)
-    return TaskResult(task.block, statistics)
+        if _is_empty(job.parameters, field, block):
+            start = field[block.inner].copy()
+            ends = [start] * len(channels)
+            empty += len(channels)
+        elif job.steps[channels.start].refinement > 1:
+            start, *ends = _diffuse_refined(job, channels, field, block, depth)
+            if job.grid.shape == field.shape:
+                field = ends[-1].copy()  # the next pass starts from here
+        else:
+            start = field[block.inner].copy()
+            field = _diffuse(job, channels.start, field, block)
+            ends = [field[block.inner]]
+        if channels.stop == task.stages[-1]:
+            # the next task, or a reader, starts from here
+            ends[-1] = np.ascontiguousarray(ends[-1])
+            field = ends[-1]
+            path = job.output(channels.stop)
+            if path == store.image_path(store.RESIDUAL):
+                statistics[store.RESIDUAL] = Statistics.of(field)
+            store.write_block(task.address, path, core, field)
+        for k, end in zip(channels, ends, strict=True):
+            # a channel is I(t_{k-1}) - I(t_k): the sum of all telescopes (Li 2022)
+            channel = np.subtract(start, end, out=start)
+            name = store.channel_name(k)
+            statistics[name] = Statistics.of(channel)
+            store.write_block(task.address, store.image_path(name), core, channel)
+            start = end
+    return TaskResult(task.block, statistics, computed=len(task.stages) - empty, empty=empty)
 
 
-def _read(job: _Job, task: Task, block: HaloedBlock) -> NDArray[Any]:
-    """The block with its halo, writable and in the working dtype."""
-    stage, dtype = task.stages[0], job.parameters.dtype
-    if not job.has_source(stage):
-        return store.read_block(task.address, store.field_path(stage - 1), block.outer)
-    # opened for every task: a handle that outlives one is state that a retry would inherit
-    return read_finite(open_source(job.source), block.outer, dtype)
+def _read(job: _Job, task: Task) -> tuple[NDArray[Any], HaloedBlock, tuple[int, ...]]:
+    """The block with its halo, writable and in the working dtype, and how deep the halo is.
+
+    A block with blank voxels takes a deeper one, unless nothing will become of it.
+    """
+    stage, boundary = task.stages[0], job.parameters.boundary
+    for depth in dict.fromkeys(job.depths[stage]):
+        block = haloed_block(job.grid, task.block, depth, boundary)
+        if job.has_source(stage):
+            # opened for every task: a handle that outlives one is state that a retry would inherit
+            field = read_field(open_source(job.source), block.outer, job.parameters)
+        else:
+            field = store.read_block(task.address, store.field_path(stage - 1), block.outer)
+        if not np.isnan(field.min()) or _is_empty(job.parameters, field, block):
+            break
+    return field, block, depth
+
+
+def _is_empty(parameters: Parameters, field: NDArray[Any], block: HaloedBlock) -> bool:
+    """Whether diffusion leaves the block's core as it is.
+
+    Under the constraint zeros stay, and blank voxels always do. Else there must be nothing but
+    these in the halo, too, nor a value beyond the volume.
+    """
+    if parameters.constraint == "unconstrained":
+        if parameters.boundary == "constant" and parameters.cval != 0:
+            return False
+    else:
+        field = field[block.inner]
+    low, high = np.fmin.reduce(field, axis=None), np.fmax.reduce(field, axis=None)
+    return not (low < 0 or high > 0)  # both NaN where all is blank
 
 
 def _diffuse(job: _Job, k: int, field: NDArray[Any], block: HaloedBlock) -> NDArray[Any]:
     parameters = job.parameters
     diffusion = Diffusion(job.steps[k], parameters.constraint, block.faces, parameters.cval)
     return job.engine.diffuse(field, diffusion)
+
+
+def _diffuse_refined(
+    job: _Job, channels: range, field: NDArray[Any], block: HaloedBlock, depth: tuple[int, ...]
+) -> list[NDArray[Any]]:
+    """The block's core before, between and after `channels`, computed on the refined grid.
+
+    The core is cut into tiles, each with a halo from `field`, so that the cells fit the memory::
+
+        |<-- depth -->|<------ core ------>|<-- depth -->|   field
+        |<-- depth -->| tile |<-- depth -->|
+               |<-- depth -->| tile |<-- depth -->|
+    """
+    parameters, shape = job.parameters, job.grid.shape
+    origin = starts(block.outer)
+    core = shifted(block.inner, origin)
+    tiles = Grid(tuple(s.stop - s.start for s in core), job.tiles[channels.start + 1])
+    cores = [np.empty(tiles.shape, field.dtype) for _ in range(len(channels) + 1)]
+    for place in map(tiles.core, range(len(tiles))):
+        around = with_halo(shifted(place, starts(core)), shape, depth, parameters.boundary)
+        part = read_region(field, shifted(around.outer, tuple(-n for n in origin)))
+        if _is_empty(parameters, part, around):
+            for values in cores:
+                values[place] = part[around.inner]
+            continue
+        refinement = Refinement(
+            job.steps[channels.start].refinement,
+            parameters.decomposed_axes(len(shape)),
+            around.faces,
+            parameters.cval,
+        )
+        cells, faces = refinement.refine(part), refinement.cell_faces(part.shape)
+        # what the cells give back of the field is what the channels are counted from
+        cores[0][place] = refinement.coarsen(cells, part.shape)[around.inner]
+        for values, k in zip(cores[1:], channels, strict=True):
+            what = Diffusion(job.steps[k], parameters.constraint, faces, parameters.cval)
+            cells = job.engine.diffuse(cells, what)
+            values[place] = refinement.coarsen(cells, part.shape)[around.inner]
+    return cores

@@ -12,7 +12,7 @@ from cdd_dask.blocks import Grid
 from cdd_dask.decomposition import Decomposition, open_decomposition
 from cdd_dask.errors import InputError, VerificationError
 from cdd_dask.progress import Progress
-from cdd_dask.readers import Source, open_source, read_finite
+from cdd_dask.readers import Source, open_source, read_field
 from cdd_dask.store import missing_shards
 
 TOLERANCE = 4
@@ -78,16 +78,18 @@ def verify(path: str | Path, source: Any = None, *, progress: bool = True) -> Ve
         shown.stage("verify", len(grid))
         for number in range(len(grid)):
             core = grid.core(number)
-            field = read_finite(opened, core, result.parameters.dtype)
+            field = read_field(opened, core, result.parameters)
             try:
                 total = result.reconstruct(core)
             except (ValueError, OSError) as error:
                 raise VerificationError(
                     f"{path}: block {number}, region {_text(core)}, cannot be read: {error}"
                 ) from error
-            largest = max(largest, float(np.abs(field).max()))
+            blank = np.isnan(field)
+            largest = max(largest, float(np.abs(field).max(where=~blank, initial=0.0)))
             off = np.abs(total.astype(np.float64) - field)
             off[np.isnan(off)] = np.inf
+            off[blank & np.isnan(total)] = 0.0  # blank voxels are blank in the sum, too
             place = np.unravel_index(int(off.argmax()), off.shape)
             if off[place] > worst:
                 worst = float(off[place])

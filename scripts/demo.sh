@@ -23,8 +23,9 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     shift
 else
     source=$work/turbulence.npy
-    # too little memory for the whole cube: it is computed in blocks
-    budget+=(--memory 50MB --workers 2)
+    # too little memory for the whole cube: it is computed in blocks; to say that no voxel is
+    # blank saves some
+    budget+=(--memory 50MB --workers 2 --nan raise)
     [ -f "$source" ] || "$venv/bin/python" "$here/scripts/turbulence.py" "$source" --size 128
 fi
 name=$(basename "$source")

@@ -105,7 +105,7 @@ def test_sources_that_are_no_field(tmp_path: Path, kind: str):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({(13, 7): np.nan}, r"is NaN at \(13, 7\): fill blank voxels first.*nan_to_num"),
+        ({(13, 7): np.nan}, r"is NaN at \(13, 7\).*nan=.mask. or nan=.fill"),
         ({(13, 7): np.inf}, r"is inf at \(13, 7\): replace infinities"),
         ({(2, 9): -np.inf, (3, 0): np.nan}, r"is -inf at \(2, 9\): replace infinities"),
         ({(20, 1): np.inf, (20, 0): np.nan}, r"is NaN at \(20, 0\)"),
@@ -120,9 +120,10 @@ def test_bad_values_are_found(
         field[place] = value
     np.save(tmp_path / "in.npy", field)
     zarr.create_array(tmp_path / "in.zarr", data=field)
+    options = {**FAST, "block": block, "nan": "raise"}
     for source in (field, tmp_path / "in.npy", tmp_path / "in.zarr"):
         with pytest.raises(InputError, match=message):
-            cdd_dask.decompose(source, tmp_path / "out.zarr", **{**FAST, "block": block})
+            cdd_dask.decompose(source, tmp_path / "out.zarr", **options)
         assert not (tmp_path / "out.zarr").exists()
 
 
@@ -131,16 +132,20 @@ def test_bad_values_are_found_by_any_worker(tmp_path: Path):
     field = FIELD.copy()
     field[13, 7] = np.nan
     np.save(tmp_path / "in.npy", field)
-    pool = {"executor": "processes", "workers": 2}
+    pool = {"executor": "processes", "workers": 2, "nan": "raise"}
     with pytest.raises(InputError, match=r"in\.npy is NaN at \(13, 7\)"):
         cdd_dask.decompose(tmp_path / "in.npy", tmp_path / "out.zarr", **pool, **CUT)
     assert not (tmp_path / "out.zarr").exists()
 
 
-def test_nothing_but_nan(tmp_path: Path):
-    """A field that is blank altogether is said to be."""
-    with pytest.raises(InputError, match=r"is NaN at \(0, 0\) \(every voxel looked at is\)"):
-        cdd_dask.decompose(np.full((4, 4), np.nan), tmp_path / "out.zarr", **FAST)
+@pytest.mark.parametrize("block", [(4, 4), (2, 3)])
+def test_nothing_but_nan(tmp_path: Path, block: tuple[int, int]):
+    """A field that is blank altogether is said to be, and leaves no store."""
+    with pytest.raises(InputError, match=r"holds nothing but blank \(NaN\) voxels"):
+        cdd_dask.decompose(
+            np.full((4, 4), np.nan), tmp_path / "out.zarr", **{**FAST, "block": block}
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_too_large_for_float32():
@@ -491,7 +496,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     partly = cdd_dask.open_decomposition(out, allow_incomplete=True)
     assert "INCOMPLETE" in repr(partly)
     assert partly.shape == FIELD.shape
-    for ask in (partly.shares, partly.table):  # no statistics yet: said so, not a KeyError
+    for ask in (partly.scale_spectrum, partly.table):  # no statistics yet: said so, not a KeyError
         with pytest.raises(StoreError, match="not complete"):
             ask()
 

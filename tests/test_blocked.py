@@ -157,7 +157,7 @@ def test_without_halos_the_promise_breaks(outputs: Any, monkeypatch: pytest.Monk
     whole = outputs(field, block=(120, 4), **FAST)
     block = (25, 4)
     assert np.abs(outputs(field, block=block, **FAST) - whole).max() <= 1e-3
-    monkeypatch.setattr("cdd_dask.planner.halo_depth", lambda steps, *_: (1,) * len(steps.kernels))
+    monkeypatch.setattr("cdd_dask.halo.halo_depth", lambda one, *_: (1,) * len(one[0].kernels))
     assert np.abs(outputs(field, block=block, **FAST) - whole).max() > 1e-2
 
 
@@ -247,7 +247,9 @@ def test_a_constant_field_has_no_structure(value: float, boundary: str):
     result = cdd_dask.decompose(field, boundary=boundary, block=(16, 9), progress=False, **FAST)
     assert all((channel[...] == 0).all() for channel in result.channels)
     assert np.array_equal(result.residual[...], field)
-    assert result.shares() == [0.0] * len(result.channels) + [1.0 if value else 0.0]
+    assert list(result.scale_spectrum()["share"]) == [0.0] * len(result.channels) + [
+        1.0 if value else 0.0
+    ]
     assert "nan" not in result.table()
     assert "nan" not in repr(result)
 
@@ -258,7 +260,9 @@ def test_shares_count_every_voxel_once(outputs: Any, lognormal: Any):
     result = cdd_dask.decompose(field, block=(16, 9), progress=False, **FAST)
     parts = outputs(field, block=(16, 9), **FAST).astype("float64")
     sums = np.abs(parts).sum(axis=(1, 2))
-    assert result.shares() == pytest.approx(list(sums / sums.sum()), rel=1e-12)
+    assert list(result.scale_spectrum()["share"]) == pytest.approx(
+        list(sums / sums.sum()), rel=1e-12
+    )
     for part, (_, _, _, numbers) in zip(parts, result.outputs(), strict=True):
         assert numbers["count"] == part.size
         assert (numbers["min"], numbers["max"]) == (part.min(), part.max())

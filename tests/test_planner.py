@@ -126,9 +126,9 @@ def test_every_worker_gets_a_block_where_that_pays():
 def test_the_demo_is_cut_into_blocks():
     """The options of `scripts/demo.sh` force its 128 cubed volume into at least 8 blocks."""
     script = (Path(__file__).parent.parent / "scripts" / "demo.sh").read_text()
-    memory = re.search(r"--memory (\w+) --workers 2", script)
+    memory = re.search(r"--memory (\w+) --workers 2 --nan raise", script)
     assert memory
-    plan = cdd_dask.plan((128,) * 3, max_scale=8, memory=memory[1], workers=2)
+    plan = cdd_dask.plan((128,) * 3, max_scale=8, memory=memory[1], workers=2, nan="raise")
     assert len(plan.grid) >= 8
 
 
@@ -198,7 +198,7 @@ def test_a_plan_reads_as_a_table():
     text = str(plan)
     for k in range(len(plan.edges)):
         assert f"channel {k}" in text
-    for word in ("300 × 300 × 300", "100 MB allowed", "files", "halo", "estimated for mixed signs"):
+    for word in ("300 × 300 × 300", "100 MB allowed", "files", "halo", "of one sign", "blank"):
         assert word in text
     assert max(map(len, text.splitlines())) < 200
 
@@ -259,7 +259,7 @@ class Seen:
         self.files, self.disk = 0, 0
         for home, name, watch in (
             ("cdd_dask.store", "read_block", self.after_reading),
-            ("cdd_dask.task", "read_finite", self.after_source),
+            ("cdd_dask.task", "read_field", self.after_source),
             ("cdd_dask.store", "write_block", self.before_writing),
             ("cdd_dask.store", "remove_working_field", self.look),
             ("cdd_dask.run", "run_task", self.before_task),
