@@ -23,8 +23,8 @@ CORE_MULTIPLE = 32
 """Longer cores are a multiple of this, so that chunks divide them well."""
 SMALLEST_TILE = 8
 """Tiles on the refined grid are not made smaller than this, in voxels."""
-TILE_SHARE = 0.5
-"""Share of a task's memory that a tile on the refined grid may take, of as many as fit."""
+TILE_SHARES = (0.95, 0.8, 0.6, 0.4, 0.2)
+"""Shares of a task's memory that a tile on the refined grid may take; the planner tries all."""
 DISK_SPEED = 2e8
 """Bytes per second and task, compressed on the way, for estimates of time only."""
 
@@ -55,8 +55,7 @@ def make_plan(
     BudgetError
         If no block fits the memory; the message states the smallest budget that would do.
     """
-    draft = _Draft.make(parameters, volume, resources)
-    grid = Grid(volume.shape, draft.choose_block() if block is None else draft.check(block))
+    draft, grid = _choose(_drafts(parameters, volume, resources), block)
     first = 0 if draft.copies_in(grid) else 1
     stages = tuple(draft.stage(grid, number) for number in range(first, len(draft.edges) + 1))
     fields = draft.stored_fields(grid)
@@ -80,6 +79,36 @@ def make_plan(
     )
 
 
+def _drafts(parameters: Parameters, volume: Volume, resources: Resources) -> list[_Draft]:
+    """A draft for every size of tile that may do; one where nothing is refined."""
+    edges = scale_edges(parameters, volume.shape)
+    steps = channel_steps(parameters, edges, len(volume.shape))
+    depths = channel_halos(steps, parameters.rtol)
+    blanks = parameters.nan == "mask" and volume.may_be_blank
+    blank_depths = channel_halos(steps, parameters.rtol / BLANK_MARGIN) if blanks else depths
+    draft = _Draft(parameters, volume, resources, edges, steps, depths, blank_depths, volume.shape)
+    if not draft.refined:
+        return [draft]
+    tiles = dict.fromkeys(draft.largest_tile(share) for share in TILE_SHARES)
+    return [replace(draft, tile=tile) for tile in tiles]
+
+
+def _choose(drafts: list[_Draft], block: tuple[int, ...] | None) -> tuple[_Draft, Grid]:
+    """The draft and the blocks that are done first, of those that fit."""
+    options = [
+        (draft, grid)
+        for draft in drafts
+        for grid in (draft.grids() if block is None else [draft.check(block)])
+    ]
+    fitting = [(draft, grid) for draft, grid in options if draft.fits(grid)]
+    if fitting:
+        return min(fitting, key=lambda option: option[0].longest_work(option[1]))
+    draft, grid = min(options, key=lambda option: option[0].peak(option[1]))
+    if block is None:
+        draft.refuse(grid, f"even with blocks of {grid.block}, the plan", "")
+    draft.refuse(grid, f"block={block}", "give a smaller block, ")
+
+
 @dataclass(frozen=True)
 class _Draft:
     """A plan whose blocks are not chosen yet."""
@@ -95,18 +124,6 @@ class _Draft:
     """The same for blocks that hold blank voxels."""
     tile: tuple[int, ...]
     """What is refined at once, in voxels, where blocks are larger."""
-
-    @staticmethod
-    def make(parameters: Parameters, volume: Volume, resources: Resources) -> _Draft:
-        edges = scale_edges(parameters, volume.shape)
-        steps = channel_steps(parameters, edges, len(volume.shape))
-        depths = channel_halos(steps, parameters.rtol)
-        blanks = parameters.nan == "mask" and volume.may_be_blank
-        blank_depths = channel_halos(steps, parameters.rtol / BLANK_MARGIN) if blanks else depths
-        draft = _Draft(
-            parameters, volume, resources, edges, steps, depths, blank_depths, volume.shape
-        )
-        return replace(draft, tile=draft.choose_tile()) if draft.refined else draft
 
     @property
     def refined(self) -> int:
@@ -158,18 +175,18 @@ class _Draft:
             for n, kernel in zip(voxels, self.steps[k].kernels, strict=True)
         )
 
-    def choose_tile(self) -> tuple[int, ...]:
-        """The largest near-cubic tile whose cells take no more than their share of memory."""
-        shape, resources = self.volume.shape, self.resources
-        allowed = TILE_SHARE * resources.memory / resources.tasks_per_budget
-        tiles = list(self._candidates(SMALLEST_TILE, self.blank_depths[0]))
-        for tile in tiles:
+    def largest_tile(self, share: float) -> tuple[int, ...]:
+        """The largest tile whose cells take no more than a `share` of a task's memory."""
+        resources, on_device = self.resources, self.resources.device_memory
+        allowed = share * resources.memory / resources.tasks_per_budget
+        per_cell = max(resources.footprint.host, 3 * self.parameters.itemsize)
+        for tile in self._candidates(SMALLEST_TILE, self.blank_depths[0]):
             cells = math.prod(self.cells(tile, 0))
-            device = resources.device_memory
-            if cells * max(resources.footprint.host, 3 * self.parameters.itemsize) <= allowed:
-                if device is None or cells * resources.footprint.device <= device:
-                    return tile.block
-        return tiles[-1].block if tiles else shape
+            if cells * per_cell <= allowed and (
+                on_device is None or cells * resources.footprint.device <= on_device
+            ):
+                break
+        return tile.block  # the smallest, where none is small enough
 
     def peak(self, grid: Grid) -> int:
         """Bytes on the host of all tasks that run at once, and of an output kept there."""
@@ -190,8 +207,8 @@ class _Draft:
             return False
         return self.peak(grid) <= self.resources.memory
 
-    def check(self, block: tuple[int, ...]) -> tuple[int, ...]:
-        """`block` clipped to the volume, if it can be used."""
+    def check(self, block: tuple[int, ...]) -> Grid:
+        """The blocks of a core that the user gives, clipped to the volume."""
         shape = self.volume.shape
         if len(block) != len(shape):
             raise InputError(
@@ -199,20 +216,12 @@ class _Draft:
             )
         if min(block) < 1:
             raise InputError(f"block={block} must be positive along every axis")
-        grid = Grid(shape, tuple(min(b, n) for b, n in zip(block, shape, strict=True)))
-        if not self.fits(grid):
-            self.refuse(grid, f"block={block}", "give a smaller block, ")
-        return grid.block
+        return Grid(shape, tuple(min(b, n) for b, n in zip(block, shape, strict=True)))
 
-    def choose_block(self) -> tuple[int, ...]:
-        """The core that is done first, of those that fit: large, but enough for all workers."""
+    def grids(self) -> Iterator[Grid]:
+        """Blocks to choose from: large ones have small halos, many keep all workers busy."""
         deepest = tuple(max(along) for along in zip(*self.blank_depths, strict=True))
-        grids = list(self._candidates(SMALLEST_CORE, deepest))
-        fitting = [grid for grid in grids if self.fits(grid)]
-        if not fitting:
-            grid = min(grids, key=self.peak)
-            self.refuse(grid, f"even with blocks of {grid.block}, the plan", "")
-        return min(fitting, key=self.longest_work).block
+        return self._candidates(SMALLEST_CORE, deepest)
 
     def longest_work(self, grid: Grid) -> float:
         """Voxel-steps of the worker that has the most to do, if blocks were all alike."""
@@ -259,6 +268,8 @@ class _Draft:
         halo = f"the halo of channel {deepest} is {max(depths[deepest])} voxels deep"
         if self.refined:
             remedy += "lower upsample, "
+        if self.blank_depths != self.depths:
+            remedy += 'say nan="raise" if no voxel is blank, '
         if needed <= allowed:
             needed = self.device_peak(grid)
             raise BudgetError(

@@ -57,9 +57,13 @@ def peak_of(command: list[str]) -> int:
     return peak
 
 
-def make_volume(path: Path, size: int) -> None:
-    """A positive float32 cube, written slab by slab: a small turbulence cube, repeated."""
+def make_volume(path: Path, size: int, blank: float) -> None:
+    """A positive float32 cube, written slab by slab: a small turbulence cube, repeated.
+
+    The share `blank` of its voxels is NaN.
+    """
     tile = lognormal_turbulence((64, 64, 64))
+    tile[np.random.default_rng(0).random(tile.shape) < blank] = np.nan
     volume = np.lib.format.open_memmap(path, "w+", np.float32, (size,) * 3)
     repeats = -(-size // 64)
     for start in range(0, size, 64):
@@ -68,15 +72,15 @@ def make_volume(path: Path, size: int) -> None:
     volume.flush()
 
 
-def measure(size: int, memory: str, options: list[str]) -> dict[str, float]:
+def measure(size: int, memory: str, options: list[str], blank: float = 0.0) -> dict[str, float]:
     """Volume, budget, projected and measured peak in bytes, for one run of the CLI."""
     cli = [sys.executable, "-m", "cdd_dask.cli"]
     options = [*options, "--memory", memory, "--quiet", "--overwrite"]
     folder = Path(tempfile.mkdtemp(prefix="cdd-memory-"))
     try:
         small, large, out = folder / "small.npy", folder / "large.npy", str(folder / "out.zarr")
-        make_volume(small, 16)
-        make_volume(large, size)
+        make_volume(small, 16, blank)
+        make_volume(large, size, blank)
         plan = subprocess.run(
             [*cli, "plan", str(large), "--json", *options], check=True, capture_output=True
         )
@@ -97,9 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=512, help="voxels a side")
     parser.add_argument("--memory", default="64MB")
+    parser.add_argument("--blank", type=float, default=0.0, help="share of blank voxels")
     arguments, options = parser.parse_known_args()
     # few steps: the peak does not depend on how many there are
-    result = measure(arguments.size, arguments.memory, ["--e-rel", "0.3", *options])
+    result = measure(
+        arguments.size, arguments.memory, ["--e-rel", "0.3", *options], arguments.blank
+    )
     for name, value in result.items():
         print(f"{name:10} {value / 1e6:9.1f} MB")
     print(f"measured / projected = {result['measured'] / result['projected']:.2f}")
