@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdd_dask.api import decompose, plan
+    from cdd_dask.compat import constrained_diffusion_decomposition
     from cdd_dask.decomposition import Decomposition, open_decomposition
+    from cdd_dask.export import export
     from cdd_dask.plans import Plan
     from cdd_dask.verification import Verification, verify
 
@@ -17,7 +19,9 @@ __all__ = [
     "Decomposition",
     "Plan",
     "Verification",
+    "constrained_diffusion_decomposition",
     "decompose",
+    "export",
     "open_decomposition",
     "plan",
     "verify",
@@ -27,7 +31,9 @@ _HOME = {
     "Decomposition": "decomposition",
     "Plan": "plans",
     "Verification": "verification",
+    "constrained_diffusion_decomposition": "compat",
     "decompose": "api",
+    "export": "export",
     "open_decomposition": "decomposition",
     "plan": "api",
     "verify": "verification",

@@ -324,7 +324,8 @@ def _make_plan(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> P
     if isinstance(source, Source):
         reachable = source.portable or resources.executor in IN_PROCESS
         volume = replace(volume, reachable=reachable)
-    return make_plan(parameters, volume, resources, _block(arguments["block"], len(volume.shape)))
+    ndim = len(volume.shape)
+    return make_plan(parameters.resolved(ndim), volume, resources, _block(arguments["block"], ndim))
 
 
 def with_header_spacing(parameters: Parameters, source: Source) -> Parameters:

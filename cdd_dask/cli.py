@@ -229,6 +229,27 @@ def verify(store: str, source: str | None, progress: bool) -> None:
     click.echo(f"{check(store, source, progress=progress)}\n{store} is whole")
 
 
+@cli.command()
+@click.argument("store")
+@click.option("--to", required=True, metavar="FORMAT", help="fits, npy or tiff (OME-TIFF).")
+@click.option("--out", metavar="PATH", help="Folder, or the file of the only output.  [STORE's]")
+@click.option("--channel", metavar="LIST", help="Channels, like 0,2,residual.  [default: all]")
+@click.option("--region", metavar="RANGES", help="Voxels per axis, like 10:20,:,-5:.  [all]")
+@click.option("--overwrite/--keep", default=False, help="Whether files there are replaced.")
+@click.option("--progress/--quiet", default=True, show_default=True,
+              help="Whether progress is shown.")  # fmt: skip
+def export(store: str, channel: str | None, region: str | None, **options: Any) -> None:
+    """Write the channels and the residual in STORE to files, one each."""
+    from cdd_dask.export import export as write
+    from cdd_dask.export import parse_channels, parse_region
+
+    _log_lines(options["progress"])
+    channels = None if channel is None else parse_channels(channel)
+    ranges = None if region is None else parse_region(region)
+    for path in write(store, channel=channels, region=ranges, **options):
+        click.echo(path)
+
+
 def _empty_blocks(result: Any) -> str:
     """How much needed no computing, where something did not."""
     blocks = result.attrs["blocks"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -212,6 +212,14 @@ class Parameters:
         """The smallest spacing along the axes that are decomposed."""
         spacing = self.voxel_spacing(ndim)
         return min(spacing[axis] for axis in self.decomposed_axes(ndim))
+
+    def resolved(self, ndim: int) -> Parameters:
+        """The same with every axis and every spacing spelled out, where some are given."""
+        return replace(
+            self,
+            axes=self.axes and self.decomposed_axes(ndim),
+            spacing=self.spacing and self.voxel_spacing(ndim),
+        )
 
     @property
     def scale_unit(self) -> str:
