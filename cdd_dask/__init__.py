@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from cdd_dask.api import decompose, plan
     from cdd_dask.compat import constrained_diffusion_decomposition
     from cdd_dask.decomposition import Decomposition, open_decomposition
-    from cdd_dask.export import export
+    from cdd_dask.exporting import export
     from cdd_dask.plans import Plan
     from cdd_dask.verification import Verification, verify
 
@@ -33,7 +33,7 @@ _HOME = {
     "Verification": "verification",
     "constrained_diffusion_decomposition": "compat",
     "decompose": "api",
-    "export": "export",
+    "export": "exporting",
     "open_decomposition": "decomposition",
     "plan": "api",
     "verify": "verification",

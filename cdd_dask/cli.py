@@ -240,8 +240,8 @@ def verify(store: str, source: str | None, progress: bool) -> None:
               help="Whether progress is shown.")  # fmt: skip
 def export(store: str, channel: str | None, region: str | None, **options: Any) -> None:
     """Write the channels and the residual in STORE to files, one each."""
-    from cdd_dask.export import export as write
-    from cdd_dask.export import parse_channels, parse_region
+    from cdd_dask.exporting import export as write
+    from cdd_dask.exporting import parse_channels, parse_region
 
     _log_lines(options["progress"])
     channels = None if channel is None else parse_channels(channel)

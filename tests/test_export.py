@@ -31,7 +31,7 @@ from cdd_dask.errors import (
     StoreError,
     VerificationError,
 )
-from cdd_dask.export import export, parse_region
+from cdd_dask.exporting import export, parse_region
 
 SHAPE = (12, 17, 19)
 BLOCK = (8, 10, 10)
@@ -179,7 +179,7 @@ def test_large_blocks_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monk
         return values
 
     monkeypatch.setattr(zarr.Array, "__getitem__", spy)
-    monkeypatch.setattr("cdd_dask.export.base.READ_BYTES", 4 * 90 * 70 * 5)
+    monkeypatch.setattr("cdd_dask.exporting.base.READ_BYTES", 4 * 90 * 70 * 5)
     (path,) = export(result, "npy", channel=0, progress=False)
     assert sizes == [(88, 70, 5), (42, 70, 5)]
     monkeypatch.undo()
@@ -420,7 +420,7 @@ def test_tiff_of_four_axes(tmp_path: Path, in_memory: Callable[..., Any]):
 def test_tiff_beyond_4_gb_is_bigtiff(store: Path, monkeypatch: pytest.MonkeyPatch):
     """Addresses have 64 bits where 32 do not reach."""
     tifffile = pytest.importorskip("tifffile")
-    monkeypatch.setattr("cdd_dask.export.tiff.LARGEST_CLASSIC", 4 * np.prod(SHAPE))
+    monkeypatch.setattr("cdd_dask.exporting.tiff.LARGEST_CLASSIC", 4 * np.prod(SHAPE))
     (path,) = export(store, "tiff", channel=0, progress=False)
     with tifffile.TiffFile(path) as tiff:
         assert tiff.is_bigtiff
@@ -588,7 +588,7 @@ def test_disk_space_is_checked_first(store: Path, monkeypatch: Any, overwrite: b
     usage = namedtuple("usage", "free")
     if overwrite:
         export(store, "npy", progress=False)
-    monkeypatch.setattr("cdd_dask.export.targets.METADATA_BYTES", 128)
+    monkeypatch.setattr("cdd_dask.exporting.targets.METADATA_BYTES", 128)
     size = 4 * int(np.prod(SHAPE)) + 128
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(size))
     if overwrite:
@@ -700,18 +700,6 @@ def test_file_systems_that_cannot_take_space_ahead(store: Path, monkeypatch: pyt
 
 
 # --- the faces
-
-
-def test_the_verb_is_callable_however_it_was_imported():
-    """The package's name stays the verb, although a module has that name."""
-    program = (
-        "import cdd_dask.export, cdd_dask; assert callable(cdd_dask.export); "
-        "from cdd_dask import export; assert callable(export)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert callable(cdd_dask.export)
-    assert callable(cdd_dask.export)
 
 
 def test_command_line(store: Path, tmp_path: Path):

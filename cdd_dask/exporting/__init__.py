@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 from cdd_dask.blocks import Region
 from cdd_dask.decomposition import Decomposition, open_decomposition
 from cdd_dask.errors import InputError, StoreError, VerificationError
-from cdd_dask.export.selection import parse_channels, parse_region, select
-from cdd_dask.export.targets import SUFFIXES, check_targets, make_folder, target_paths
-from cdd_dask.export.writing import Create, write_file
+from cdd_dask.exporting.selection import parse_channels, parse_region, select
+from cdd_dask.exporting.targets import SUFFIXES, check_targets, make_folder, target_paths
+from cdd_dask.exporting.writing import Create, write_file
 from cdd_dask.parameters import check_choice
 from cdd_dask.progress import Progress
 from cdd_dask.store import missing_shards
@@ -93,27 +91,17 @@ def export(
 def _format(to: str, ndim: int) -> Create:
     """What makes a file of the format; the library it needs is looked for here."""
     if to == "fits":
-        from cdd_dask.export import fits
+        from cdd_dask.exporting import fits
 
         fits.import_fits()
         return fits.create
     if to == "tiff":
-        from cdd_dask.export import tiff
+        from cdd_dask.exporting import tiff
 
         if ndim < 2:
             raise InputError('to="tiff" needs images of 2 to 4 axes, the store has 1: use to="npy"')
         tiff.import_tifffile()
         return tiff.create
-    from cdd_dask.export import npy
+    from cdd_dask.exporting import npy
 
     return npy.create
-
-
-class _Verb(ModuleType):
-    """This module, callable: it is called like the verb, and takes its place in the package."""
-
-    __call__ = staticmethod(export)
-
-
-# the first import of a module binds its name in the package, where `cdd_dask.export` is the verb
-sys.modules[__name__].__class__ = _Verb

@@ -13,7 +13,7 @@ import numpy as np
 
 from cdd_dask.blocks import Region
 from cdd_dask.errors import CddError, DiskSpaceError, OutputAccessError, VerificationError
-from cdd_dask.export.base import Layout, Output
+from cdd_dask.exporting.base import Layout, Output
 
 Create = Callable[[Path, Output], Layout]
 """Makes a file of its final size and tells where its voxels go; one per format."""

@@ -8,7 +8,7 @@ from typing import Any
 from cdd_dask.blocks import Region
 from cdd_dask.decomposition import Decomposition
 from cdd_dask.errors import InputError
-from cdd_dask.export.base import Output
+from cdd_dask.exporting.base import Output
 from cdd_dask.store import RESIDUAL
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cdd_dask.errors import MissingDependencyError, StoreError
-from cdd_dask.export.base import Layout, Output, ascii_text
+from cdd_dask.exporting.base import Layout, Output, ascii_text
 
 RECORD = 2880
 """A FITS file's header and data are padded to whole records of so many bytes."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cdd_dask.errors import MissingDependencyError
-from cdd_dask.export.base import Layout, Output
+from cdd_dask.exporting.base import Layout, Output
 
 LETTERS = {"z": "Z", "t": "T", "c": "C", "v": "C", "f": "C", "w": "C", "s": "C"}
 """OME's axes for names of ours; to OME, anything spectral is a channel."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cdd_dask.export.base import Layout, Output
+from cdd_dask.exporting.base import Layout, Output
 
 
 def create(path: Path, output: Output) -> Layout:
