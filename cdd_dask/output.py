@@ -50,8 +50,8 @@ def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> N
         _check_remote(address, overwrite)
         return
     path = Path(address)
-    if source.portable and "://" not in source.address:
-        _check_apart(path, Path(source.address))
+    if source.path is not None:
+        _check_apart(path, source.path)
     try:
         reclaimed = check_vacant(path, overwrite)
         if reclaimed and source.lazy:

@@ -266,24 +266,25 @@ class _Draft:
         depths = self.blank_depths
         deepest = max(range(len(depths)), key=lambda k: max(depths[k]))
         halo = f"the halo of channel {deepest} is {max(depths[deepest])} voxels deep"
+        others = "lower max_scale"
         if self.refined:
-            remedy += "lower upsample, "
+            others += ", lower upsample"
         if self.blank_depths != self.depths:
-            remedy += 'say nan="raise" if no voxel is blank, '
+            others += ', say nan="raise" if no voxel is blank'
         if needed <= allowed:
             needed = self.device_peak(grid)
             raise BudgetError(
                 f"{what} needs {format_bytes(needed)} on {resources.device} ({halo}), where "
-                f"{format_bytes(resources.device_memory or 0)} are free: {remedy}lower max_scale "
-                "or raise rtol"
+                f"{format_bytes(resources.device_memory or 0)} are free: {remedy}{others} or "
+                "raise rtol"
             )
         tasks = resources.tasks_per_budget
-        fewer = f", use fewer workers (now {tasks} tasks share the memory)" if tasks > 1 else ""
-        disk = ", write to disk with out=" if resources.in_memory else ""
+        others += f", use fewer workers (now {tasks} tasks share the memory)" if tasks > 1 else ""
+        others += ", write to disk with out=" if resources.in_memory else ""
         raise BudgetError(
             f"{what} needs {format_bytes(needed)} ({halo}), but memory allows "
             f"{format_bytes(allowed)}: {remedy}raise memory to at least "
-            f'"{-(-needed // 1_000_000)}MB", lower max_scale{fewer}{disk} or raise rtol'
+            f'"{-(-needed // 1_000_000)}MB", {others} or raise rtol'
         )
 
     def stage(self, grid: Grid, number: int) -> Stage:

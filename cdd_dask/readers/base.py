@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,13 @@ class Source:
     file_shape: tuple[int, ...] | None = None
     """Shape in the file, where that has axes of length 1 that `shape` leaves out."""
 
+    @property
+    def path(self) -> Path | None:
+        """The file or folder that it is or lies in; None for URLs and arrays in this process."""
+        if not self.portable or "://" in self.address:
+            return None
+        return Path(split_address(self.address)[0])
+
     def __post_init__(self) -> None:
         if not 1 <= len(self.shape) <= MAX_NDIM:
             raise InputError(
@@ -73,3 +82,22 @@ class Source:
             raise InputError(
                 f"{self.description} has dtype {self.dtype}: only real numbers can be decomposed"
             )
+
+
+def split_address(address: str) -> tuple[str, str | None]:
+    """Path and part of an address like ``file.h5::/data``; a file with such a name goes first."""
+    path, separator, part = address.partition("::")
+    if not separator or os.path.lexists(address):
+        return address, None
+    return path, part
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of the axes that stay when those of length 1 are left out; the last one, if all are.
+
+    Examples
+    --------
+    >>> squeezed((1, 53, 105, 105)), squeezed((1, 1))
+    ((1, 2, 3), (1,))
+    """
+    return tuple(axis for axis, n in enumerate(shape) if n != 1) or (len(shape) - 1,)

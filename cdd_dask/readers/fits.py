@@ -1,7 +1,9 @@
-"""FITS images: mapped, never loaded as a whole."""
+"""FITS images: mapped, or decoded tile by tile where they are compressed; never loaded whole."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask.blocks import Region
-from cdd_dask.errors import MissingDependencyError, SourceReadError
-from cdd_dask.readers.base import Source
+from cdd_dask.errors import InputError, MissingDependencyError, SourceReadError
+from cdd_dask.readers.base import Source, squeezed
 from cdd_dask.readers.regions import read_region
+from cdd_dask.readers.units import plain_unit
 
 AXIS_NAMES = {
     "RA": "x", "GLON": "x", "DEC": "y", "GLAT": "y",
@@ -19,84 +22,200 @@ AXIS_NAMES = {
     "FREQ": "f", "WAVE": "w", "AWAV": "w", "STOKES": "s",
 }  # fmt: skip
 """Names of axes by the first part of their FITS type (``CTYPE``)."""
+PACKED = (b"\x1f\x8b", b"BZ", b"PK", b"\x1f\x9d", b"\xfd7")
+"""How files begin that are compressed as a whole: astropy would unpack them into memory."""
 
 
-def open_fits(path: Path) -> Source:
-    """A source that reads the first image of a FITS file.
+def open_fits(path: Path, part: str | None = None) -> Source:
+    """A source that reads an image of a FITS file.
 
-    ``BSCALE`` and ``BZERO`` are applied, ``BLANK`` integers become NaN.
+    ``BSCALE`` and ``BZERO`` are applied, ``BLANK`` integers become NaN, and axes of length 1 are
+    left out.
+
+    Parameters
+    ----------
+    path
+        The file.
+    part
+        Number or name of the HDU, or ``NAME,VERSION``; None takes the first image.
 
     Raises
     ------
     MissingDependencyError
         If astropy is not installed.
+    InputError
+        If there is no such HDU, or it is no image; the message lists those that are.
     SourceReadError
-        If the file is damaged, truncated, compressed or holds no image.
+        If the file is damaged, truncated, compressed as a whole or holds no image.
     """
     try:
         from astropy.io import fits
-        from astropy.io.fits.verify import VerifyError
+        from astropy.io.fits.verify import VerifyError, VerifyWarning
     except ImportError as error:
         raise MissingDependencyError(
             f'reading {path} needs astropy: pip install "cdd-dask[fits]"'
         ) from error
+    with path.open("rb") as file:
+        if file.read(2) in PACKED:
+            raise SourceReadError(
+                f"{path} is compressed as a whole and cannot be mapped: uncompress it first "
+                "(gunzip, bunzip2)"
+            )
     try:
-        with fits.open(path, memmap=True, do_not_scale_image_data=True) as hdus:
-            hdu = next((h for h in hdus if h.is_image and h.header.get("NAXIS", 0) > 0), None)
-            if hdu is None:
-                raise SourceReadError(f"{path} holds no FITS image")
-            if isinstance(hdu, fits.CompImageHDU) or _is_packed(path):
-                raise SourceReadError(
-                    f"{path} is compressed and cannot be mapped: uncompress it first "
-                    "(gunzip, funpack)"
-                )
-            header, offset, shape = hdu.header.copy(), hdu.fileinfo()["datLoc"], hdu.shape
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", VerifyWarning)  # odd cards are no concern of ours
+            with fits.open(path, memmap=True, do_not_scale_image_data=True) as hdus:
+                number = _choose(path, hdus, part)
+                hdu = hdus[number]
+                header, shape = hdu.header.copy(), tuple(hdu.shape)
+                compressed = isinstance(hdu, fits.CompImageHDU)
+                tile = tuple(map(int, hdu.tile_shape)) if compressed else None
+                offset = 0 if compressed else hdu.fileinfo()["datLoc"]
     except (OSError, ValueError, TypeError, IndexError, KeyError, VerifyError) as error:
-        if isinstance(error, SourceReadError):
+        if isinstance(error, InputError | SourceReadError):
             raise
         raise SourceReadError(f"{path} is no readable FITS file: {error}") from error
-    stored = np.dtype(fits.BITPIX2DTYPE[header["BITPIX"]]).newbyteorder(">")
-    expected, present = offset + stored.itemsize * int(np.prod(shape)), path.stat().st_size
-    if present < expected:
-        raise SourceReadError(
-            f"{path} is truncated: its header promises {expected} bytes, it has {present}"
-        )
-    mapped = np.memmap(path, stored, "r", offset, shape) if 0 not in shape else np.empty(shape)
-    scale, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
-    blank = header.get("BLANK") if stored.kind in "iu" else None
-    plain = (scale, zero, blank) == (1, 0, None)
-
-    def read(region: Region) -> NDArray[Any]:
-        values = read_region(mapped, region)
-        if plain:
-            return values
-        scaled = values * np.float64(scale) + np.float64(zero)
-        if blank is not None:
-            scaled[values == blank] = np.nan
-        return scaled
-
+    kept = squeezed(shape)
+    if tile is not None:
+        array: Any = _CompressedImage(path, number, shape, kept)
+        dtype = array.dtype
+    else:
+        array = _MappedImage(path, header, offset, shape, kept)
+        dtype = array.dtype
+    spacing, units = _spacing(header, kept)
+    address = str(path) if part is None else f"{path}::{part}"
     return Source(
-        description=str(path),
-        address=str(path),
+        description=address,
+        address=address,
         portable=True,
         lazy=False,
         is_zarr=False,
-        shape=tuple(shape),
-        dtype=stored if plain else np.dtype(np.float64),
-        read=read,
-        dimension_names=_axis_names(header, len(shape)),
+        shape=array.shape,
+        dtype=dtype,
+        read=array.read,
+        chunk=tile and tuple(tile[axis] for axis in kept),
+        dimension_names=_axis_names(header, len(shape), kept),
         header=header.tostring(sep="\n"),
+        spacing=spacing,
+        units=units,
+        file_shape=shape if len(kept) < len(shape) else None,
     )
 
 
-def _is_packed(path: Path) -> bool:
-    """Whether a whole file is compressed, whatever it is called: astropy would unpack it."""
-    with path.open("rb") as file:
-        return file.read(2) in (b"\x1f\x8b", b"BZ", b"PK", b"\x1f\x9d", b"\xfd7")
+def _choose(path: Path, hdus: Any, part: str | None) -> int:
+    """Number of the HDU that `part` means: an image with data."""
+    images = {n: h for n, h in enumerate(hdus) if h.is_image and h.header.get("NAXIS", 0) > 0}
+    if not images:
+        raise SourceReadError(f"{path} holds no FITS image")
+    if part is None:
+        return next(iter(images))
+    name, _, version = part.partition(",")
+    wanted: Any = int(part) if part.isdecimal() else name.strip()
+    if version.strip().isdecimal():
+        wanted = (name.strip(), int(version))
+    try:
+        number: int = hdus.index_of(wanted)
+    except KeyError:
+        number = -1
+    if number not in images:
+        listed = ", ".join(
+            f"{n} ({h.name or 'no name'}, {' × '.join(map(str, h.shape))})"
+            for n, h in list(images.items())[:8]
+        )
+        raise InputError(f"{path} has no image in HDU {part!r}: choose one of {listed}")
+    return number
 
 
-def _axis_names(header: Any, ndim: int) -> tuple[str, ...] | None:
+class _MappedImage:
+    """An image that is not compressed, with its scaling."""
+
+    def __init__(
+        self, path: Path, header: Any, offset: int, shape: tuple[int, ...], kept: tuple[int, ...]
+    ) -> None:
+        from astropy.io import fits
+
+        stored = np.dtype(fits.BITPIX2DTYPE[header["BITPIX"]]).newbyteorder(">")
+        expected, present = offset + stored.itemsize * math.prod(shape), path.stat().st_size
+        if present < expected:
+            raise SourceReadError(
+                f"{path} is truncated: its header promises {expected} bytes, it has {present}"
+            )
+        self.shape = tuple(shape[axis] for axis in kept)
+        empty = 0 in shape
+        self._mapped: NDArray[Any] = (
+            np.empty(self.shape) if empty else np.memmap(path, stored, "r", offset, self.shape)
+        )
+        self._scale, self._zero = header.get("BSCALE", 1), header.get("BZERO", 0)
+        self._blank = header.get("BLANK") if stored.kind in "iu" else None
+        self._plain = (self._scale, self._zero, self._blank) == (1, 0, None)
+        self.dtype = stored if self._plain else np.dtype(np.float64)
+
+    def read(self, region: Region) -> NDArray[Any]:
+        values = read_region(self._mapped, region)
+        if self._plain:
+            return values
+        scaled = values * np.float64(self._scale) + np.float64(self._zero)
+        if self._blank is not None:
+            scaled[values == self._blank] = np.nan
+        return scaled
+
+
+class _CompressedImage:
+    """An image compressed tile by tile; opened for every region, which decodes its tiles."""
+
+    def __init__(
+        self, path: Path, number: int, shape: tuple[int, ...], kept: tuple[int, ...]
+    ) -> None:
+        self._path, self._number = path, number
+        self._full, self._kept = shape, kept
+        self.shape = tuple(shape[axis] for axis in kept)
+        self.dtype = self[(slice(0, 1),) * len(kept)].dtype
+
+    def read(self, region: Region) -> NDArray[Any]:
+        return read_region(self, region)
+
+    def __getitem__(self, region: Region) -> NDArray[Any]:
+        from astropy.io import fits
+
+        where: list[Any] = [slice(0, 1)] * len(self._full)
+        for axis, part in zip(self._kept, region, strict=True):
+            where[axis] = part
+        try:
+            with fits.open(self._path) as hdus:
+                values = np.asarray(hdus[self._number].section[tuple(where)])
+        except (OSError, ValueError, TypeError, IndexError, KeyError) as error:
+            raise SourceReadError(f"{self._path} cannot be decompressed: {error}") from error
+        return values.reshape([s.stop - s.start for s in region])
+
+
+def _axis_names(header: Any, ndim: int, kept: tuple[int, ...]) -> tuple[str, ...] | None:
     """Names of the axes in NumPy's order, where the header knows them all apart."""
-    types = [str(header.get(f"CTYPE{ndim - axis}", "")) for axis in range(ndim)]
+    types = [str(header.get(f"CTYPE{ndim - axis}", "")) for axis in kept]
     names = [AXIS_NAMES.get(kind.split("-")[0].strip(), "") for kind in types]
-    return tuple(names) if all(names) and len(set(names)) == ndim else None
+    return tuple(names) if all(names) and len(set(names)) == len(kept) else None
+
+
+def _spacing(
+    header: Any, kept: tuple[int, ...]
+) -> tuple[tuple[float, ...] | None, tuple[str | None, ...] | None]:
+    """Distance of neighbouring pixels and its unit per axis, where the header states them."""
+    from astropy.wcs import WCS
+    from astropy.wcs.utils import proj_plane_pixel_scales
+
+    if not any(key.startswith(("CDELT", "CD1_", "CD2_", "CD3_", "PC")) for key in header):
+        return None, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what astropy mends in a header, it also tells of
+            world = WCS(header)
+            scales = [float(scale) for scale in proj_plane_pixel_scales(world)]
+            units = [plain_unit(unit.to_string().replace(" ", "")) for unit in world.wcs.cunit]
+    except Exception:  # whatever is wrong with a world must not keep the pixels from being read
+        return None, None
+    last = len(scales) - 1  # FITS counts axes from the fastest
+    if last < max(kept):
+        return None, None
+    spacing = tuple(scales[last - axis] for axis in kept)
+    if not all(math.isfinite(step) and step > 0 for step in spacing):
+        return None, None
+    return spacing, tuple(units[last - axis] for axis in kept)
