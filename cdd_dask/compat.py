@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask.engines import Diffusion, Engine, load_engine
-from cdd_dask.engines.reference import ReferenceEngine, _constrain, _smooth
+from cdd_dask.engines.reference import ReferenceEngine, constrain, smooth_into
 from cdd_dask.errors import InputError
 from cdd_dask.parameters import BOUNDARIES, Parameters, check_choice, check_number
 from cdd_dask.scales import scale_edges
@@ -200,8 +200,8 @@ class RoundingEngine(ReferenceEngine):
             return super().diffuse(field, diffusion)
         smooth = np.empty_like(field)
         for _ in range(diffusion.steps.count):
-            _smooth(field, diffusion, diffusion.cval, out=smooth)
-            _constrain(field, smooth, diffusion.constraint)
+            smooth_into(field, diffusion, diffusion.cval, out=smooth)
+            constrain(field, smooth, diffusion.constraint)
         return field
 
 

@@ -28,15 +28,15 @@ class ReferenceEngine(Engine):
         if blank.any():
             # what is left of the kernel where blank voxels take no part
             share = np.empty(field.shape, np.float64)
-            _smooth((~blank).view(np.uint8), diffusion, 1.0, out=share)
+            smooth_into((~blank).view(np.uint8), diffusion, 1.0, out=share)
             share[blank] = 1.0
             field[blank] = 0.0
         for _ in range(diffusion.steps.count):
-            _smooth(field, diffusion, diffusion.cval, out=smooth)
+            smooth_into(field, diffusion, diffusion.cval, out=smooth)
             if share is not None:
                 smooth /= share
                 smooth[blank] = 0.0
-            _constrain(field, smooth, diffusion.constraint)
+            constrain(field, smooth, diffusion.constraint)
         if share is not None:
             field[blank] = np.nan
         return field
@@ -50,7 +50,7 @@ class ReferenceEngine(Engine):
         return 1  # `scipy.ndimage` runs on the caller's thread alone
 
 
-def _smooth(
+def smooth_into(
     field: NDArray[Any], diffusion: Diffusion, cval: float, out: NDArray[np.float64]
 ) -> None:
     """``S = G_sigma * I``, one axis after the other, into `out`."""
@@ -70,7 +70,7 @@ def _smooth(
         out[...] = field
 
 
-def _constrain(field: NDArray[Any], smooth: NDArray[np.float64], constraint: str) -> None:
+def constrain(field: NDArray[Any], smooth: NDArray[np.float64], constraint: str) -> None:
     """Move `field` to `smooth` as far as the sign constraint lets it."""
     if constraint == "unconstrained":
         field[...] = smooth
