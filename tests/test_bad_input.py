@@ -74,7 +74,6 @@ SOURCES = {
     "ragged list": Refused(lambda: [[1.0, 2.0], [3.0]], r"list"),
     "None": Refused(lambda: None, r"None"),
     "a dict": Refused(lambda: {"a": 1}, r"dict"),
-    "masked": Refused(lambda: np.ma.masked_less(FIELD, 1), r"masked array: .* source.filled"),
     "dask of unknown shape": Refused(ragged_dask, r"shape"),
     "xarray dataset": Refused(
         lambda: pytest.importorskip("xarray").Dataset({"a": ("x", FIELD[0])}),

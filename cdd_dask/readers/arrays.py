@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cdd_dask.blocks import Region
 from cdd_dask.errors import InputError, SourceReadError
-from cdd_dask.readers.base import Source
+from cdd_dask.readers.base import Source, even_spacing
 from cdd_dask.readers.regions import read_region
+from cdd_dask.readers.units import plain_unit
 
 _numbers = itertools.count()
 _sources: weakref.WeakValueDictionary[str, Source] = weakref.WeakValueDictionary()
@@ -29,21 +31,20 @@ def open_array(array: Any) -> Source:
         A NumPy array or anything that slices to one: a torch tensor, a dask or xarray object.
     """
     kind = type(array).__module__.split(".")[0]
-    names = None
+    names, spacing, units = None, None, None
     if kind == "xarray":
         if not hasattr(array, "dims") or not hasattr(array, "dtype"):
             raise InputError(
                 f"source is an xarray {type(array).__name__}: choose one of its variables"
             )
         names = tuple(map(str, array.dims))
+        spacing, units = _coordinates(array)
         # the variable beneath reads a region only when it is asked for; `.data` would load it all
         array = getattr(array, "variable", array)
     elif kind == "torch":
         array = _from_torch(array)
     elif isinstance(array, np.ma.MaskedArray):
-        raise InputError(
-            "source is a masked array: fill its blank voxels first, source.filled(value)"
-        )
+        array = _Masked(array)
     elif not hasattr(array, "dtype") or not hasattr(array, "shape"):
         array = _from_numbers(array)
     if not all(isinstance(n, Integral) for n in array.shape):
@@ -62,9 +63,39 @@ def open_array(array: Any) -> Source:
         read=partial(read_region, array),
         dimension_names=names,
         chunk=_chunk(array),
+        spacing=spacing,
+        units=units,
     )
     _sources[source.address] = source
     return source
+
+
+class _Masked:
+    """A masked array whose masked voxels are NaN."""
+
+    def __init__(self, array: Any) -> None:
+        self._array, self.shape = array, array.shape
+        self.dtype = array.dtype if array.dtype.kind not in "biu" else np.dtype(np.float64)
+
+    def __getitem__(self, region: Region) -> NDArray[Any]:
+        values: NDArray[Any] = np.ma.filled(self._array[region].astype(self.dtype), np.nan)
+        return values
+
+
+def _coordinates(
+    array: Any,
+) -> tuple[tuple[float, ...] | None, tuple[str | None, ...] | None]:
+    """Spacing and unit per axis of an xarray object, from its evenly spaced coordinates."""
+    steps: list[float | None] = []
+    units = []
+    for name in array.dims:
+        known = name in getattr(array, "coords", ())
+        step = even_spacing(np.asarray(array.coords[name])) if known else None
+        steps.append(step)
+        units.append(plain_unit(array.coords[name].attrs.get("units", "")) if step else None)
+    if not any(steps):
+        return None, None
+    return tuple(step or 1.0 for step in steps), tuple(units)
 
 
 def known_array(address: str) -> Source:

@@ -101,3 +101,27 @@ def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     ((1, 2, 3), (1,))
     """
     return tuple(axis for axis, n in enumerate(shape) if n != 1) or (len(shape) - 1,)
+
+
+def even_spacing(coordinates: NDArray[Any]) -> float | None:
+    """Distance of neighbouring coordinates, where it is the same all along, to single precision.
+
+    Examples
+    --------
+    >>> even_spacing(np.array([3.0, 2.5, 2.0])), even_spacing(np.array([1.0, 2.0, 4.0]))
+    (0.5, None)
+    """
+    if len(coordinates) < 2 or coordinates.dtype.kind not in "iuf":
+        return None
+    values = coordinates.astype(np.float64)
+    steps = np.diff(values)
+    step = (values[-1] - values[0]) / (len(values) - 1)
+    # coordinates in single precision are off by so much
+    slack = 1e-4 * abs(step) + 1e-6 * np.abs(values).max()
+    if (
+        not math.isfinite(step)
+        or step == 0
+        or np.abs(steps - step).max() > min(slack, abs(step) / 10)
+    ):
+        return None
+    return float(abs(step))

@@ -104,17 +104,20 @@ def open_fits(path: Path, part: str | None = None) -> Source:
 
 def _choose(path: Path, hdus: Any, part: str | None) -> int:
     """Number of the HDU that `part` means: an image with data."""
-    images = {n: h for n, h in enumerate(hdus) if h.is_image and h.header.get("NAXIS", 0) > 0}
+    images: dict[int, Any] = {
+        n: h for n, h in enumerate(hdus) if h.is_image and h.header.get("NAXIS", 0) > 0
+    }
     if not images:
         raise SourceReadError(f"{path} holds no FITS image")
     if part is None:
-        return next(iter(images))
+        first: int = next(iter(images))
+        return first
     name, _, version = part.partition(",")
     wanted: Any = int(part) if part.isdecimal() else name.strip()
     if version.strip().isdecimal():
         wanted = (name.strip(), int(version))
     try:
-        number: int = hdus.index_of(wanted)
+        number = int(hdus.index_of(wanted))
     except KeyError:
         number = -1
     if number not in images:

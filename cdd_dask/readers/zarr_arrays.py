@@ -11,9 +11,13 @@ import numpy as np
 from cdd_dask.errors import InputError, SourceNotFoundError, SourceReadError
 from cdd_dask.readers.base import Source
 from cdd_dask.readers.regions import read_region
+from cdd_dask.readers.units import plain_unit
 
 if TYPE_CHECKING:
     import zarr
+
+LEVELS_ABOVE = 3
+"""How far above an array the group may be whose metadata tell of it."""
 
 
 def open_zarr(address: str) -> Source:
@@ -60,8 +64,11 @@ def zarr_source(array: zarr.Array[Any], address: str | None = None) -> Source:
         from cdd_dask.readers.arrays import open_array
 
         return open_array(array)
-    names = getattr(array.metadata, "dimension_names", None)
-    known = names is not None and all(names)
+    names: Any = getattr(array.metadata, "dimension_names", None)
+    if names is None:  # format 2, as xarray writes it
+        names = array.attrs.get("_ARRAY_DIMENSIONS")
+    known = isinstance(names, list | tuple) and len(names) == array.ndim and all(names)
+    spacing, units, ome_names = _ome_axes(address, array.ndim)
     return Source(
         description=address,
         address=address,
@@ -72,5 +79,57 @@ def zarr_source(array: zarr.Array[Any], address: str | None = None) -> Source:
         dtype=np.dtype(array.dtype),
         read=partial(read_region, array),
         chunk=tuple(array.chunks),
-        dimension_names=tuple(map(str, names)) if names is not None and known else None,
+        dimension_names=tuple(map(str, names)) if known else ome_names,
+        spacing=spacing,
+        units=units,
     )
+
+
+Axes = tuple[tuple[float, ...] | None, tuple[str | None, ...] | None, tuple[str, ...] | None]
+
+
+def _ome_axes(address: str, ndim: int) -> Axes:
+    """Spacing, units and names of the axes by the OME metadata of a group above an array."""
+    import zarr
+
+    parent, path = address.rstrip("/"), ""
+    for _ in range(LEVELS_ABOVE):
+        parent, _, name = parent.rpartition("/")
+        path = f"{name}/{path}" if path else name
+        if not parent or parent.endswith(":/"):
+            break
+        try:
+            attributes = zarr.open_group(parent, mode="r").attrs.asdict()
+            return _transformed(attributes, path, ndim)
+        except Exception:  # no group, or odd metadata, which must not keep us from reading
+            continue
+    return None, None, None
+
+
+def _transformed(attributes: Any, path: str, ndim: int) -> Axes:
+    """What an image's ``multiscales`` say of the dataset at `path`.
+
+    Raises
+    ------
+    KeyError
+        If they say nothing of it.
+    """
+    for image in attributes.get("ome", attributes)["multiscales"]:
+        for dataset in image["datasets"]:
+            if dataset["path"].strip("/") != path or len(image["axes"]) != ndim:
+                continue
+            scale = np.ones(ndim)
+            for transformation in (
+                *dataset.get("coordinateTransformations", ()),
+                *image.get("coordinateTransformations", ()),
+            ):
+                if transformation["type"] == "scale":
+                    scale = scale * np.array(transformation["scale"], float)
+            if not (np.isfinite(scale).all() and (scale > 0).all()):
+                raise KeyError(path)
+            units = tuple(plain_unit(axis.get("unit", "")) for axis in image["axes"])
+            names = tuple(str(axis["name"]) for axis in image["axes"])
+            if not any(units) and (scale == 1).all():  # voxels, which states nothing
+                return None, None, names
+            return tuple(scale.tolist()), units, names
+    raise KeyError(path)
