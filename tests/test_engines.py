@@ -21,7 +21,7 @@ from cdd_dask.boundaries import CUT
 from cdd_dask.engines import ENGINES, Diffusion, Engine, load_engine
 from cdd_dask.engines.reference import ReferenceEngine
 from cdd_dask.errors import DeviceError, InputError, MissingDependencyError
-from cdd_dask.kernels import smoothing_kernel
+from cdd_dask.kernels import IDENTITY, smoothing_kernel
 from cdd_dask.parameters import BOUNDARIES, KERNELS, Parameters
 from cdd_dask.time_stepping import Steps, channel_steps
 
@@ -273,6 +273,96 @@ def test_a_cut_does_not_reach_beyond_its_reach(
         assert np.array_equal(result[inside], expected[tuple(core)]), (block, faces)
 
 
+# blank voxels
+
+
+def blanked(field: Field, share: float, seed: int) -> Field:
+    """`field` with a share of its voxels NaN."""
+    field = field.copy()
+    field[np.random.default_rng(seed).random(field.shape) < share] = np.nan
+    return field
+
+
+def plain_masked(field: Field, what: Diffusion) -> Field:
+    """The contract for blank voxels: ``S = G(I M) / G(M)``, one step after the other."""
+    valid = ~np.isnan(field)
+    linear = Diffusion(Steps(1, what.steps.kernels), "unconstrained", what.faces, 1.0)
+    share = plain(valid.astype(np.float64), linear)
+    for _ in range(what.steps.count):
+        filled = np.where(valid, field, 0).astype(np.float64)
+        linear = Diffusion(linear.steps, "unconstrained", what.faces, what.cval)
+        smooth = np.divide(plain(filled, linear), share, where=valid, out=np.zeros_like(filled))
+        smooth = smooth.astype(field.dtype)
+        lower, upper = np.minimum(filled, smooth), np.maximum(filled, smooth)
+        field = {
+            "constrained": np.select([filled > 0, filled < 0], [lower, upper], 0),
+            "inverted": np.select([filled > 0, filled < 0], [upper, lower], 0),
+            "unconstrained": smooth,
+        }[what.constraint].astype(field.dtype)
+    return np.where(valid, field, np.nan).astype(field.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize(
+    ("rule", "cval"), [*((rule, 0.0) for rule in BOUNDARIES), ("constant", 0.7)]
+)
+def test_blank_voxels_take_no_part(
+    engine: Engine, rule: str, cval: float, constraint: str, dtype: type
+):
+    """Each engine normalises by what blanks leave of the kernel; blanks, and only they, stay so."""
+    for shape, share in itertools.product([(29,), (1, 23), (19, 16), (7, 8, 9)], [0.1, 0.7]):
+        what = diffusion(len(shape), (2.0, 0.4, 1.1)[: len(shape)], 3, constraint, rule, cval)
+        field = blanked(positive(shape, dtype) + dtype(0.01), share, seed=7)
+        result = run(engine, field, what)
+        assert np.array_equal(np.isnan(result), np.isnan(field))
+        allowed = TOLERANCE[dtype] * np.nanmax(field)
+        assert np.nanmax(np.abs(result - plain_masked(field, what))) <= allowed, (shape, share)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_a_constant_field_with_blanks_stays(engine: Engine, constraint: str, dtype: type):
+    """Blanks do not wear a constant field down, not by a bit in float32; nor do all of them."""
+    for share in (0.02, 0.5, 0.95, 1.0):
+        field = blanked(np.full((15, 16, 17), 0.1, dtype), share, seed=3)
+        result = run(engine, field, diffusion(3, 0.7, 20, constraint))
+        if dtype == np.float32:
+            assert np.array_equal(result, field, equal_nan=True), share
+        else:
+            assert np.array_equal(np.isnan(result), np.isnan(field))
+            assert np.nanmax(np.abs(result - field), initial=0) <= 1e-14
+
+
+def test_blanks_shield_nothing_but_themselves(engine: Engine):
+    """A wall of blanks, wider than the kernel, parts a field into two that ignore each other."""
+    field = positive((30, 12), np.float32) + 1
+    field[10:20] = np.nan
+    other = field.copy()
+    other[20:] *= 7
+    what = diffusion(2, 0.7, 10)
+    left, right = run(engine, field, what)[:10], run(engine, other, what)[:10]
+    assert np.array_equal(left, right)
+    assert not np.array_equal(run(engine, field, what)[20:], run(engine, other, what)[20:])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_an_axis_that_is_not_decomposed(engine: Engine, share: float):
+    """With the identity along an axis, every slice across it is diffused by itself."""
+    field = blanked(signed((6, 13, 7)), share, seed=1)
+    kernel = smoothing_kernel("discrete", 0.8)
+    for axis in range(3):
+        kernels = tuple(IDENTITY if a == axis else kernel for a in range(3))
+        whole = run(engine, field, Diffusion(Steps(5, kernels), "constrained",
+                                             (("reflect", "reflect"),) * 3))  # fmt: skip
+        two = Diffusion(Steps(5, (kernel,) * 2), "constrained", (("reflect", "reflect"),) * 2)
+        slices = [
+            run(engine, np.ascontiguousarray(np.take(field, i, axis)), two)
+            for i in range(field.shape[axis])
+        ]
+        assert np.allclose(whole, np.stack(slices, axis), rtol=0, atol=1e-13, equal_nan=True)
+
+
 # properties (DESIGN, section 1)
 
 
@@ -391,7 +481,7 @@ for name in ("zarr", "dask", "distributed"):
     sys.modules[name] = None  # importing it raises ImportError
 import numpy as np
 from cdd_dask.engines import Diffusion, load_engine
-from cdd_dask.kernels import smoothing_kernel
+from cdd_dask.kernels import IDENTITY, smoothing_kernel
 from cdd_dask.time_stepping import Steps
 steps = Steps(2, (smoothing_kernel("discrete", 0.5),))
 what = Diffusion(steps, "constrained", (("cut", "reflect"),))
