@@ -276,6 +276,19 @@ def test_too_many_axes(tmp_path: Path):
     assert np.array_equal(whole(five), VOLUME)
 
 
+def test_a_virtual_dataset_whose_files_are_gone(tmp_path: Path):
+    """HDF5 would read its fill value; with the file there it is read."""
+    h5py = pytest.importorskip("h5py")
+    layout = h5py.VirtualLayout(VOLUME.shape, "f4")
+    layout[:] = h5py.VirtualSource("part.h5", "a", VOLUME.shape)
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file.create_virtual_dataset("a", layout, fillvalue=-1)
+    with pytest.raises(SourceReadError, match=r"needs part\.h5, which is not there"):
+        open_source(tmp_path / "in.h5")
+    h5(tmp_path / "part.h5", a=VOLUME)
+    assert np.array_equal(whole(open_source(tmp_path / "in.h5")), VOLUME)
+
+
 # TIFF
 
 
@@ -348,6 +361,20 @@ def test_tiff_reads_only_its_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(type(tifffile.TIFF.DECOMPRESSORS), "__getitem__", lambda self, key: counted)
     source.read((slice(3, 5), slice(0, 17), slice(0, 19)))
     assert 0 < len(decoded) <= 2 * -(-17 // source.chunk[1])
+
+
+@pytest.mark.parametrize("compression", [5, 50000])
+def test_a_compression_that_needs_another_library(tmp_path: Path, compression: int):
+    """Refused when it is opened, with what to install; nothing is begun."""
+    tifffile = pytest.importorskip("tifffile")
+    path = tif(tmp_path / "in.tif")
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages.first.tags["Compression"].overwrite(compression)
+    try:
+        import imagecodecs  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingDependencyError, match="pip install imagecodecs"):
+            open_source(path)
 
 
 # NIfTI

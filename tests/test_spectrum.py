@@ -113,7 +113,9 @@ def test_an_incomplete_store_has_no_spectrum(made: Path):
 
 
 @given(
-    st.lists(st.floats(-(2.0**90), 2.0**90, width=32) | st.just(float("nan")), min_size=1, max_size=30),
+    st.lists(
+        st.floats(-(2.0**90), 2.0**90, width=32) | st.just(float("nan")), min_size=1, max_size=30
+    ),
     st.data(),
 )
 def test_statistics_of_parts_add_up(values: list[float], data: Any):

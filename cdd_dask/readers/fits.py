@@ -148,7 +148,9 @@ class _MappedImage:
         self._mapped: NDArray[Any] = (
             np.empty(self.shape) if empty else np.memmap(path, stored, "r", offset, self.shape)
         )
-        self._scale, self._zero = header.get("BSCALE", 1), header.get("BZERO", 0)
+        self._scale, self._zero = (
+            float(header.get(key, default)) for key, default in (("BSCALE", 1), ("BZERO", 0))
+        )
         self._blank = header.get("BLANK") if stored.kind in "iu" else None
         self._plain = (self._scale, self._zero, self._blank) == (1, 0, None)
         self.dtype = stored if self._plain else np.dtype(np.float64)
@@ -157,7 +159,7 @@ class _MappedImage:
         values = read_region(self._mapped, region)
         if self._plain:
             return values
-        scaled = values * np.float64(self._scale) + np.float64(self._zero)
+        scaled = values.astype(np.float64) * self._scale + self._zero
         if self._blank is not None:
             scaled[values == self._blank] = np.nan
         return scaled

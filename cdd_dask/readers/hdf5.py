@@ -48,6 +48,9 @@ def open_hdf5(path: Path, part: str | None = None) -> Source:
     with _open(path) as file:
         name = _choose(path, file, part)
         dataset = file[name]
+        if dataset.shape is None:
+            raise InputError(f"{path}::{name} holds no values")
+        _check_sources(path, dataset)
         attributes = {key: _simple(value) for key, value in _items(dataset.attrs)}
         full, stored = tuple(map(int, dataset.shape)), np.dtype(dataset.dtype)
         chunk = dataset.chunks and tuple(map(int, dataset.chunks))
@@ -126,6 +129,17 @@ def _choose(path: Path, file: Any, part: str | None) -> str:
     else:
         problem = f"{path} has no dataset {name}"
     raise InputError(f"{problem}: name one of {listed}{more}")
+
+
+def _check_sources(path: Path, dataset: Any) -> None:
+    """Refuse a virtual dataset some of whose files are gone: HDF5 would read its fill value."""
+    if not dataset.is_virtual:
+        return
+    for source in dataset.virtual_sources():
+        name = source.file_name
+        # as HDF5 looks for it; patterns of names it resolves by itself
+        if name != "." and "%b" not in name and not (path.parent / name).exists():
+            raise SourceReadError(f"{path}::{dataset.name} needs {name}, which is not there")
 
 
 def _is_field(dataset: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -54,6 +55,8 @@ def open_nifti(path: Path, part: str | None = None) -> Source:
         ) from error
     if part is not None:
         raise InputError(f"source {path} is one volume and has no parts: leave out ::{part}")
+    # what is odd in a header it would print
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     try:
         image: Any = nibabel.load(path)
         header, voxels = image.header, image.dataobj

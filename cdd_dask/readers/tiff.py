@@ -65,6 +65,7 @@ def open_tiff(path: Path, part: str | None = None) -> Source:
         chunk = None
     else:
         array = _Pages(path, number, full, kept, stored)
+        array[(slice(0, 1),) * len(kept)]  # what cannot be decoded is refused before a run
         # pages are decoded whole, or tile by tile
         chunks = (1,) * (len(full) - len(tile)) + tile[-len(full) :]
         chunk = tuple(min(chunks[axis], full[axis]) for axis in kept)
@@ -107,7 +108,7 @@ def _open(path: Path) -> Iterator[Any]:
     except Exception as error:  # a damaged file makes its reader fail in any way
         if isinstance(error, InputError | SourceReadError):
             raise
-        if "imagecodecs" in str(error):
+        if "imagecodecs" in str(error) or isinstance(error, ImportError):
             raise MissingDependencyError(
                 f"{path} is compressed in a way that needs imagecodecs: pip install imagecodecs"
             ) from error
