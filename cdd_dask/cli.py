@@ -146,7 +146,11 @@ def cli() -> None:
 @click.argument("out")
 @_with_options
 def decompose(source: str, out: str, scheduler: str | None, **options: Any) -> None:
-    """Split SOURCE (Zarr array, FITS, .npy) into its scales, in the Zarr store OUT."""
+    """Split SOURCE into its scales, in the Zarr store OUT.
+
+    SOURCE is a Zarr array or a FITS, HDF5, TIFF, NIfTI or .npy file; file::part names an HDU, a
+    dataset or a series of it.
+    """
     from cdd_dask.api import decompose as run
 
     _log_lines(options["progress"])

@@ -17,6 +17,8 @@ DTYPES = ("float32", "float64")
 BLANKS = ("mask", "raise", "fill")
 UPSAMPLINGS = (1, 2, 4)
 MAX_NDIM = 4
+LARGEST = {"float32": 4.2e37, "float64": 2.2e307}
+"""Largest absolute value of a field: sums and differences with a few others stay finite."""
 SWITCH_SCALE = 5.0
 """Default of `switch_scale`, in units of the smallest spacing."""
 
@@ -101,6 +103,11 @@ class Parameters:
         self._check_number("cval")
         self._check_number("rtol", at_least=0.0)
         self._check_number("fill_value")
+        if abs(self.fill_value) > LARGEST[self.dtype]:
+            raise InputError(
+                f"fill_value={self.fill_value:g} is too large for dtype={self.dtype!r}: it must be "
+                f"within ±{LARGEST[self.dtype]:.3g}"
+            )
         if self.upsample not in UPSAMPLINGS or isinstance(self.upsample, bool):
             raise InputError(f"upsample={self.upsample!r} must be 1, 2 or 4")
         self._check_axes()

@@ -190,6 +190,8 @@ def test_fill_and_raise(lognormal: Any, outputs: Any):
     for value in (0.0, 2.5):
         filled = outputs(field, nan="fill", fill_value=value, **QUICK)
         assert np.array_equal(filled, outputs(np.nan_to_num(field, nan=value), **QUICK))
+    with pytest.raises(InputError, match=r"fill_value=1e\+39 is too large for dtype='float32'"):
+        cdd_dask.plan(field, nan="fill", fill_value=1e39)
     first = tuple(map(int, np.argwhere(np.isnan(field))[0]))
     with pytest.raises(InputError, match=rf"is NaN at \({first[0]}, {first[1]}\)"):
         cdd_dask.decompose(field, nan="raise", progress=False, **QUICK)

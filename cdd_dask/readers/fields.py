@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cdd_dask.blocks import Grid, Region
 from cdd_dask.errors import InputError
-from cdd_dask.parameters import Parameters
+from cdd_dask.parameters import LARGEST, Parameters
 from cdd_dask.readers.base import Source
 
 SCAN_BYTES = 16_000_000
@@ -28,12 +28,12 @@ def read_field(source: Source, region: Region, parameters: Parameters) -> NDArra
     Raises
     ------
     BadValueError
-        If a value is infinite, within a factor 8 of what the dtype can hold, or blank where
+        If a value is infinite, as large as the dtype can hold, or blank where
         `parameters` allow no blanks.
     """
     with np.errstate(over="ignore"):
         values = np.array(source.read(region), dtype=parameters.dtype, order="C")
-    limit = _limit(parameters.dtype)
+    limit = LARGEST[parameters.dtype]
     if np.fmin.reduce(values, axis=None) < -limit or np.fmax.reduce(values, axis=None) > limit:
         raise BadValueError(f"{source.description} holds values that are not finite")
     if parameters.nan != "mask" and np.isnan(values.min()):
@@ -41,11 +41,6 @@ def read_field(source: Source, region: Region, parameters: Parameters) -> NDArra
             raise BadValueError(f"{source.description} holds blank (NaN) voxels")
         values[np.isnan(values)] = parameters.fill_value
     return values
-
-
-def _limit(dtype: str) -> float:
-    """Largest absolute value whose sums and differences with a few others stay finite."""
-    return float(np.finfo(dtype).max) / 8
 
 
 def locate_bad_value(source: Source, parameters: Parameters) -> BadValueError:
@@ -61,7 +56,7 @@ def locate_bad_value(source: Source, parameters: Parameters) -> BadValueError:
         raw = source.read(region)
         with np.errstate(over="ignore"):
             values = raw.astype(dtype)
-        refused = np.abs(values) > _limit(dtype)
+        refused = np.abs(values) > LARGEST[dtype]
         if parameters.nan == "raise":
             refused |= np.isnan(values)
         bad = np.flatnonzero(refused)
