@@ -73,6 +73,8 @@ class Decomposition:
             isinstance(attributes["source"][key], str) for key in ("description", "address")
         ):
             raise ValueError("it does not know its source")
+        if attributes["complete"] and not {"empty", "computed"} <= attributes["blocks"].keys():
+            raise ValueError("it does not know how many blocks were computed")
         wanted = {"scale_from", "scale_to"} | ({"statistics"} if attributes["complete"] else set())
         if any(wanted - group.keys() for group in self._groups.values()):
             raise ValueError("its groups lack their scales or statistics")

@@ -65,7 +65,7 @@ class _Job:
 
     parameters: Parameters
     grid: Grid
-    depths: dict[int, tuple[tuple[int, ...], ...]]
+    depths: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]
     """Halos of a stage's blocks: without blank voxels, and with them."""
     tiles: dict[int, tuple[int, ...]]
     steps: tuple[Steps, ...]
@@ -232,17 +232,23 @@ def _read(job: _Job, task: Task) -> tuple[NDArray[Any], HaloedBlock, tuple[int, 
 
     A block with blank voxels takes a deeper one, unless nothing will become of it.
     """
-    stage, boundary = task.stages[0], job.parameters.boundary
-    for depth in dict.fromkeys(job.depths[stage]):
-        block = haloed_block(job.grid, task.block, depth, boundary)
-        if job.has_source(stage):
-            # opened for every task: a handle that outlives one is state that a retry would inherit
-            field = read_field(open_source(job.source), block.outer, job.parameters)
-        else:
-            field = store.read_block(task.address, store.field_path(stage - 1), block.outer)
-        if not np.isnan(field.min()) or _is_empty(job.parameters, field, block):
-            break
-    return field, block, depth
+    depth, deeper = job.depths[task.stages[0]]
+    field, block = _read_with_halo(job, task, depth)
+    if depth == deeper or not np.isnan(field.min()) or _is_empty(job.parameters, field, block):
+        return field, block, depth
+    del field  # before the next one is there
+    return *_read_with_halo(job, task, deeper), deeper
+
+
+def _read_with_halo(
+    job: _Job, task: Task, depth: tuple[int, ...]
+) -> tuple[NDArray[Any], HaloedBlock]:
+    stage = task.stages[0]
+    block = haloed_block(job.grid, task.block, depth, job.parameters.boundary)
+    if job.has_source(stage):
+        # opened for every task: a handle that outlives one is state that a retry would inherit
+        return read_field(open_source(job.source), block.outer, job.parameters), block
+    return store.read_block(task.address, store.field_path(stage - 1), block.outer), block
 
 
 def _is_empty(parameters: Parameters, field: NDArray[Any], block: HaloedBlock) -> bool:
