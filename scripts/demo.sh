@@ -11,7 +11,7 @@ if [ ! -f "$stamp" ]; then
     echo "Installing into $venv (once) ..."
     [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
     "$venv/bin/pip" install --quiet --upgrade pip
-    "$venv/bin/pip" install --quiet --editable "$here[fits]"
+    "$venv/bin/pip" install --quiet --editable "$here[files]"
     touch "$stamp"
 fi
 
