@@ -260,7 +260,8 @@ def _empty_blocks(result: Any) -> str:
     if not blocks["empty"]:
         return ""
     total = blocks["empty"] + blocks["computed"]
-    return f"{blocks['empty']} of {total} blocks were blank or zero and cost nothing"
+    share = f"{blocks['empty']} of {total} blocks, counted for every channel,"
+    return f"{share} were blank or zero and cost nothing"
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def halo_depth(steps: Pass, rtol: float, passes: int) -> tuple[int, ...]:
     ((5, 5, 5), (66, 66, 66))
     """
     reaches = [_reach(steps, axis) for axis in range(len(steps[0].kernels))]
-    along = sum(reach > 0 for reach in reaches)
+    along = len(steps[0].axes)
     count = sum(part.count for part in steps)
     allowed = rtol / (2 * passes) / (4 * along) - rounding(count)
     depths = []
@@ -174,13 +174,12 @@ def channel_halos(steps: tuple[Steps, ...], rtol: float) -> tuple[tuple[int, ...
     for channels in passes:
         one = steps[channels.start : channels.stop]
         factor = one[0].refinement
-        smoothed = [kernel.radius > 0 for kernel in one[0].kernels]
-        allowed = rtol / range_growth(factor, sum(smoothed))
+        axes = one[0].axes
+        allowed = rtol / range_growth(factor, len(axes))
         cells = halo_depth(one, allowed, len(passes))
         beyond = STENCIL if factor > 1 else 0
         depth = tuple(
-            -(-h // factor) + beyond if along else 0
-            for h, along in zip(cells, smoothed, strict=True)
+            -(-h // factor) + beyond if axis in axes else 0 for axis, h in enumerate(cells)
         )
         halos += [depth] * len(channels)
     return tuple(halos)

@@ -171,8 +171,8 @@ class _Draft:
         """Shape of the largest of `tiles` with the halo of channel `k`, in cells."""
         voxels = haloed_shape(tiles, self.blank_depths[k], self.parameters.boundary)
         return tuple(
-            n * (self.steps[k].refinement if kernel.radius else 1)
-            for n, kernel in zip(voxels, self.steps[k].kernels, strict=True)
+            n * (self.steps[k].refinement if axis in self.steps[k].axes else 1)
+            for axis, n in enumerate(voxels)
         )
 
     def largest_tile(self, share: float) -> tuple[int, ...]:
@@ -236,8 +236,8 @@ class _Draft:
         """Voxels (or cells) that all blocks of channel `k` compute, with halos of `depth`."""
         factor = self.steps[k].refinement
         cut = self.tiles(grid) if factor > 1 else grid
-        axes = sum(kernel.radius > 0 for kernel in self.steps[k].kernels)
-        return int(haloed_voxels(cut, depth, self.parameters.boundary) * factor**axes)
+        cells = factor ** len(self.steps[k].axes)
+        return int(haloed_voxels(cut, depth, self.parameters.boundary) * cells)
 
     def _candidates(self, smallest: int, depth: tuple[int, ...]) -> Iterator[Grid]:
         """The whole volume, then ever smaller blocks, shaped like their halo, down to `smallest`.

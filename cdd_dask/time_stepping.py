@@ -25,6 +25,11 @@ class Steps:
     """Cells of that grid per voxel, along every axis that is decomposed; 1: the volume's grid."""
 
     @property
+    def axes(self) -> tuple[int, ...]:
+        """The decomposed axes; along the others the kernel is the identity."""
+        return tuple(axis for axis, kernel in enumerate(self.kernels) if kernel.sigma > 0)
+
+    @property
     def reach(self) -> tuple[int, ...]:
         """Strict dependence radius ``n * r`` per axis, in cells."""
         return tuple(self.count * kernel.radius for kernel in self.kernels)

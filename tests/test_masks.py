@@ -179,8 +179,11 @@ def test_the_summary_counts_empty_blocks(tmp_path: Path, lognormal: Any):
     out = str(tmp_path / "out.zarr")
     arguments = ["decompose", str(tmp_path / "in.npy"), out, "--num-channels", "2", "--block", "10"]
     done = CliRunner().invoke(cli.cli, arguments)
-    assert "6 of 8 blocks were blank or zero and cost nothing" in done.output
-    assert "6 of 8 blocks were blank" in CliRunner().invoke(cli.cli, ["info", out]).output
+    assert "6 of 8 blocks, counted for every channel, were blank or zero" in done.output
+    assert (
+        "6 of 8 blocks, counted for every channel, were blank"
+        in CliRunner().invoke(cli.cli, ["info", out]).output
+    )
     assert "is whole" in CliRunner().invoke(cli.cli, ["verify", out]).output
 
 

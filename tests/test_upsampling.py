@@ -339,6 +339,19 @@ def test_which_channels_are_refined(options: Any, refined: int):
     assert [stage.refinement > 1 for stage in plan.stages] == [k < refined for k in range(5)]
 
 
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_a_sampled_kernel_that_reaches_nothing(upsample: int, lognormal: Any, outputs: Any):
+    """At a small `e_rel` its radius is 0: nothing diffuses, but cells are there all the same."""
+    options = {"kernel": "sampled", "e_rel": 1e-3, "num_channels": 1, "upsample": upsample}
+    plan = cdd_dask.plan((40, 40), **options)
+    assert plan.stages[0].radius == 0
+    assert plan.stages[0].haloed_voxels == 40 * 40 * upsample**2
+    field = lognormal((40, 40))
+    parts = outputs(field, block=15, **options)
+    assert np.abs(parts.sum(0) - field).max() <= 4 * np.spacing(field.max())
+    assert np.abs(parts[0]).max() <= 4 * np.spacing(field.max())
+
+
 @pytest.mark.parametrize("upsample", [0, 3, 8, -2, 2.5, "2", None, True])
 def test_upsamplings_that_are_none(upsample: Any):
     """Only 1, 2 and 4."""
