@@ -129,6 +129,15 @@ def test_a_round_trip_keeps_world_and_shape(tmp_path: Path):
     assert np.allclose(total, IMAGE[None], rtol=0, atol=4 * np.spacing(IMAGE.max()))
 
 
+def test_an_export_never_replaces_its_source(several: Path, tmp_path: Path):
+    """Not even an HDU of it that was named, and not with `overwrite`."""
+    before = several.read_bytes()
+    result = cdd_dask.decompose(f"{several}::ERR", tmp_path / "out.zarr", **FAST)
+    with pytest.raises(InputError, match="is what was decomposed"):
+        cdd_dask.export(result, "fits", out=several, channel=0, overwrite=True, progress=False)
+    assert several.read_bytes() == before
+
+
 INTEGERS = {
     "uint8": np.arange(60, dtype="uint8"),
     "int16": np.arange(60, dtype="int16") - 30,

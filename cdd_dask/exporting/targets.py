@@ -15,6 +15,7 @@ from cdd_dask.errors import (
     OutputExistsError,
 )
 from cdd_dask.memory import format_bytes
+from cdd_dask.readers.base import split_address
 
 SUFFIXES = {
     "fits": (".fits", ".fit", ".fts"),
@@ -96,7 +97,8 @@ def _check_target(target: Path, source: str, overwrite: bool) -> int:
     if target.is_dir() or not overwrite:
         remedy = "" if target.is_dir() else ", or replace it with overwrite=True (--overwrite)"
         raise OutputExistsError(f"{target} exists: name another place with out= (--out){remedy}")
-    if Path(source).exists() and target.exists() and target.samefile(source):
+    file = Path(split_address(source)[0])
+    if file.exists() and target.exists() and target.samefile(file):
         raise InputError(f"{target} is what was decomposed: name another place with out= (--out)")
     return target.lstat().st_size
 
