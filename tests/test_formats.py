@@ -412,6 +412,21 @@ def test_scaled_nifti(tmp_path: Path):
     assert np.allclose(whole(source), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", ["Nifti1Pair", "Nifti1Image", "Nifti2Image"])
+def test_nifti_of_every_byte_order(tmp_path: Path, kind: str, order: str):
+    """One file or two, version 1 or 2, big-endian or little."""
+    nibabel = pytest.importorskip("nibabel")
+    image = getattr(nibabel, kind)
+    header = image.header_class(endianness=order)
+    header.set_data_dtype(np.dtype("int16").newbyteorder(order))
+    values = (100 * VOLUME).astype("int16")
+    path = tmp_path / ("in.hdr" if kind == "Nifti1Pair" else "in.nii")
+    nibabel.save(image(values.T, np.eye(4), header), path)
+    assert nibabel.load(path).header.endianness == order
+    assert np.array_equal(whole(open_source(path)), values)
+
+
 def test_a_packed_nifti_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """However many blocks are read; a changed file is unpacked again, and nothing stays behind."""
     path = nii(tmp_path / "in.nii.gz")
