@@ -312,14 +312,14 @@ def _make_plan(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> P
             source_itemsize=source.dtype.itemsize,
             source_chunk=source.chunk,
             is_zarr=source.is_zarr,
-            may_be_blank=source.dtype.kind == "f",
+            has_nan=source.dtype.kind == "f",
         )
     names = ("engine", "device", "memory", "executor", "workers", "client")
     resources = resolve_resources(
         parameters,
         **{name: arguments[name] for name in names},
         in_memory=arguments["out"] is None,
-        blanks=parameters.nan == "mask" and volume.may_be_blank,
+        blanks=volume.may_be_masked(parameters),
     )
     if isinstance(source, Source):
         reachable = source.portable or resources.executor in IN_PROCESS

@@ -84,8 +84,9 @@ def _drafts(parameters: Parameters, volume: Volume, resources: Resources) -> lis
     edges = scale_edges(parameters, volume.shape)
     steps = channel_steps(parameters, edges, len(volume.shape))
     depths = channel_halos(steps, parameters.rtol)
-    blanks = parameters.nan == "mask" and volume.may_be_blank
-    blank_depths = channel_halos(steps, parameters.rtol / BLANK_MARGIN) if blanks else depths
+    blank_depths = depths
+    if volume.may_be_masked(parameters):
+        blank_depths = channel_halos(steps, parameters.rtol / BLANK_MARGIN)
     draft = _Draft(parameters, volume, resources, edges, steps, depths, blank_depths, volume.shape)
     if not draft.refined:
         return [draft]

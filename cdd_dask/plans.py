@@ -31,8 +31,12 @@ class Volume:
     """Whether the source is a Zarr array, which halo'd blocks are read from directly."""
     reachable: bool = True
     """Whether the tasks can open the source; else it is copied into the store first."""
-    may_be_blank: bool = True
-    """Whether voxels can be blank: whether the source's type has NaN."""
+    has_nan: bool = True
+    """Whether the source's type has NaN, so that voxels can be blank."""
+
+    def may_be_masked(self, parameters: Parameters) -> bool:
+        """Whether there may be blank voxels that take no part."""
+        return parameters.nan == "mask" and self.has_nan
 
 
 @dataclass(frozen=True)
@@ -151,11 +155,6 @@ class Plan:
         return Grid(self.volume.shape, self.block)
 
     @property
-    def blanks(self) -> bool:
-        """Whether there may be blank voxels that take no part."""
-        return self.parameters.nan == "mask" and self.volume.may_be_blank
-
-    @property
     def cells_per_voxel(self) -> int:
         """Cells of the refined grid in one voxel."""
         axes = self.parameters.decomposed_axes(len(self.volume.shape))
@@ -248,7 +247,9 @@ def describe_error(plan: Plan) -> list[str]:
     conditions = []
     if any("one sign" in stage.error for stage in plan.stages):
         conditions.append("of one sign")
-    if plan.blanks and any(stage.error != "exact" for stage in plan.stages):
+    if plan.volume.may_be_masked(plan.parameters) and any(
+        stage.error != "exact" for stage in plan.stages
+    ):
         conditions.append("without blank voxels")
     if not conditions:
         return []
