@@ -301,7 +301,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: an output that was begun is left incomplete", err=True)
+        click.echo("interrupted: a decomposition that was begun is left incomplete", err=True)
         sys.exit(130)
     except (CddError, OSError) as error:
         click.echo(f"error: {error}", err=True)
