@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cdd_dask import store
 from cdd_dask.blocks import Grid, HaloedBlock, haloed_block, shifted, starts, with_halo
-from cdd_dask.engines import Diffusion, Engine, load_engine
+from cdd_dask.engines import Diffusion, Engine, Faces, load_engine
 from cdd_dask.errors import BlockError
 from cdd_dask.halo import channel_passes
 from cdd_dask.kernels import discrete_gaussian
@@ -73,6 +73,15 @@ class _Job:
     device: str
     source: str
     copy_in: bool
+    as_if_blank: bool
+    """Whether all blocks are computed as if they had blank voxels: bits must not tell."""
+
+    def diffusion(self, k: int, faces: Faces) -> Diffusion:
+        """What the steps of channel `k` do to a block with such `faces`."""
+        parameters = self.parameters
+        return Diffusion(
+            self.steps[k], parameters.constraint, faces, parameters.cval, self.as_if_blank
+        )
 
     @cached_property
     def engine(self) -> Engine:
@@ -180,6 +189,9 @@ def _load_job(address: str, run: str) -> _Job:
         device=plan["resources"]["device"],
         source=attributes["source"]["address"],
         copy_in=plan["copy_in"],
+        as_if_blank=parameters.rtol == 0
+        and parameters.nan == "mask"
+        and bool(plan["volume"]["has_nan"]),
     )
 
 
@@ -267,9 +279,7 @@ def _is_empty(parameters: Parameters, field: NDArray[Any], block: HaloedBlock) -
 
 
 def _diffuse(job: _Job, k: int, field: NDArray[Any], block: HaloedBlock) -> NDArray[Any]:
-    parameters = job.parameters
-    diffusion = Diffusion(job.steps[k], parameters.constraint, block.faces, parameters.cval)
-    return job.engine.diffuse(field, diffusion)
+    return job.engine.diffuse(field, job.diffusion(k, block.faces))
 
 
 def _diffuse_refined(
@@ -305,7 +315,6 @@ def _diffuse_refined(
         # what the cells give back of the field is what the channels are counted from
         cores[0][place] = refinement.coarsen(cells, part.shape)[around.inner]
         for values, k in zip(cores[1:], channels, strict=True):
-            what = Diffusion(job.steps[k], parameters.constraint, faces, parameters.cval)
-            cells = job.engine.diffuse(cells, what)
+            cells = job.engine.diffuse(cells, job.diffusion(k, faces))
             values[place] = refinement.coarsen(cells, part.shape)[around.inner]
     return cores

@@ -30,6 +30,9 @@ class Diffusion:
     """Rule of every face. A `CUT` face takes any extension."""
     cval: float = 0.0
     """Value beyond ``constant`` faces, in the field's unit."""
+    as_if_blank: bool = False
+    """Compute as where there are blank voxels even if this block has none, so that a voxel's last
+    bit does not depend on whether one lies in the same block."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class ReferenceEngine(Engine):
         smooth = np.empty(field.shape, np.float64)
         blank = np.isnan(field)
         share = None
-        if blank.any():
+        if diffusion.as_if_blank or blank.any():
             # what is left of the kernel where blank voxels take no part
             share = np.empty(field.shape, np.float64)
             smooth_into((~blank).view(np.uint8), diffusion, 1.0, out=share)

@@ -124,7 +124,7 @@ class _Workspace:
 
         self._field, self._diffusion = field, diffusion
         blank = torch.isnan(field)
-        masked = bool(blank.any())
+        masked = diffusion.as_if_blank or bool(blank.any())
         self._blank = blank if masked else None
         double = masked and field.device.type != "mps"
         self._smooth, self._left, self._right = (
