@@ -29,6 +29,7 @@ Field = NDArray[np.floating]
 
 UNDER_TEST = {
     "reference": ("reference", None),
+    "cpu": ("cpu", None),
     "torch-cpu": ("torch", "cpu"),
     "torch-cuda": ("torch", "cuda"),
 }

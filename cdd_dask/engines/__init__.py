@@ -8,7 +8,7 @@ from cdd_dask.engines.base import Diffusion, Engine, Faces, Footprint
 from cdd_dask.errors import DeviceError
 from cdd_dask.parameters import check_choice
 
-ENGINES = ("auto", "reference", "torch")
+ENGINES = ("auto", "reference", "cpu", "torch")
 
 __all__ = ["ENGINES", "Diffusion", "Engine", "Faces", "Footprint", "load_engine"]
 
@@ -17,7 +17,7 @@ def load_engine(name: str = "auto", device: str | None = None) -> Engine:
     """The engine called `name`, ready on `device`.
 
     ``auto`` takes torch where a device other than the CPU is named or present, else the
-    reference engine. Ask the result's `name` and `device` what was chosen.
+    CPU engine. Ask the result's `name` and `device` what was chosen.
 
     Parameters
     ----------
@@ -50,6 +50,10 @@ def load_engine(name: str = "auto", device: str | None = None) -> Engine:
             f"device={device!r} is not for engine={name!r}, which computes on the CPU: "
             'use engine="torch"'
         )
-    from cdd_dask.engines.reference import ReferenceEngine
+    if name == "reference":
+        from cdd_dask.engines.reference import ReferenceEngine
 
-    return ReferenceEngine()
+        return ReferenceEngine()
+    from cdd_dask.engines.cpu import CpuEngine
+
+    return CpuEngine()

@@ -30,6 +30,11 @@ class Diffusion:
     """Rule of every face. A `CUT` face takes any extension."""
     cval: float = 0.0
     """Value beyond ``constant`` faces, in the field's unit."""
+    levels: tuple[int, ...] = ()
+    """How often the grid may be halved along each axis to smooth with wide kernels; none: not at
+    all. An engine without a pyramid takes it for none."""
+    phase: tuple[int, ...] = ()
+    """Voxels between the last border of coarse cells and the block's start, for each axis."""
     as_if_blank: bool = False
     """Compute as where there are blank voxels even if this block has none, so that a voxel's last
     bit does not depend on whether one lies in the same block."""
@@ -66,6 +71,8 @@ class Engine(ABC):
     name: ClassVar[str]
     voxel_steps_per_second: ClassVar[float]
     """Rough speed on one core or device, for estimates of time only."""
+    has_pyramid: ClassVar[bool] = False
+    """Whether it smooths with wide kernels on a coarser grid, see `pyramid`."""
     device: str = "cpu"
 
     @abstractmethod

@@ -1,0 +1,265 @@
+"""What the CPU engine's kernels do at one place of a row, written out when they are compiled.
+
+A row is a contiguous line of an array, given by its address. The radius of a kernel and the axes
+of a pyramid are lengths of tuples, known when code is made, so that a place takes no loop; the
+loop along the row around it is left to the compiler, which makes vector instructions of it. For
+that it must know that a loop never reads what it wrote before. `load` and `store` promise that of
+the function in which they stand, which is why each such loop is a function of its own.
+
+Smoothing is written in differences, ``a + Σ w_j ((a_{-j} + a_{+j}) / 2 - a)`` with twice the
+weights, so that a constant field comes back to the bit and rounding does not wear others down.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+compiled = njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+_WORD = ir.IntType(64)
+_FUSE = ("contract",)
+
+
+def _scope(builder: Any) -> Any:
+    """Metadata of what one function reads, which it never writes before it has read it."""
+    module = builder.module
+    domain = module.add_metadata(["cdd-dask"])
+    return module.add_metadata([module.add_metadata([builder.function.name, domain])])
+
+
+def _read(context: Any, builder: Any, dtype: Any, row: Any, place: Any) -> Any:
+    pointer = builder.inttoptr(row, context.get_value_type(dtype).as_pointer())
+    value = builder.load(builder.gep(pointer, [place], inbounds=True))
+    value.align = dtype.bitwidth // 8
+    value.set_metadata("alias.scope", _scope(builder))
+    return value
+
+
+def _sum_of_taps(builder: Any, weights: list[Any], value: Any) -> Any:
+    """``a + Σ w_j ((a_{-j} + a_{+j}) / 2 - a)``, from the outermost pair inwards."""
+    centre = value(0)
+    total = None
+    for distance in range(len(weights), 0, -1):
+        pair = builder.fadd(value(-distance), value(distance), flags=_FUSE)
+        half = builder.fmul(ir.Constant(centre.type, 0.5), pair, flags=_FUSE)
+        excess = builder.fsub(half, centre, flags=_FUSE)
+        term = builder.fmul(weights[distance - 1], excess, flags=_FUSE)
+        total = term if total is None else builder.fadd(total, term, flags=_FUSE)
+    return centre if total is None else builder.fadd(centre, total, flags=_FUSE)
+
+
+@intrinsic
+def address(_: Any, array: Any, index: Any) -> Any:
+    """Address of an element, where a row begins."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        made = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.ptrtoint(builder.gep(made.data, [args[1]]), _WORD)
+
+    return types.uintp(array, index), generate
+
+
+@intrinsic
+def load(_: Any, like: Any, row: Any, place: Any) -> Any:
+    """Value at a place of a row of `like`'s type."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _read(context, builder, like.dtype, args[1], args[2])
+
+    return like.dtype(like, row, place), generate
+
+
+@intrinsic
+def row_at(_: Any, rows: Any, index: Any) -> Any:
+    """Address that a table of rows holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base = builder.ptrtoint(context.make_array(rows)(context, builder, args[0]).data, _WORD)
+        return _read(context, builder, rows.dtype, base, context.cast(builder, args[1], index, types.intp))
+
+    return types.uintp(rows, index), generate
+
+
+@intrinsic
+def store(_: Any, like: Any, row: Any, place: Any, value: Any) -> Any:
+    """Write a value to a place of a row of `like`'s type, which nothing in the loop reads."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[1], context.get_value_type(like.dtype).as_pointer())
+        rounded = context.cast(builder, args[3], value, like.dtype)
+        written = builder.store(rounded, builder.gep(pointer, [args[2]], inbounds=True))
+        written.align = like.dtype.bitwidth // 8
+        written.set_metadata("noalias", _scope(builder))
+        return context.get_dummy_value()
+
+    return types.void(like, row, place, value), generate
+
+
+@intrinsic
+def smoothed(_: Any, work: Any, like: Any, rows: Any, first: Any, weights: Any, place: Any) -> Any:
+    """The smoothing, in `work`'s type, across rows whose addresses `rows` holds from `first` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        table = context.make_array(rows)(context, builder, args[2])
+        base = builder.ptrtoint(table.data, _WORD)
+        radius = len(weights)
+
+        def value(distance: int) -> Any:
+            index = builder.add(args[3], ir.Constant(_WORD, radius + distance))
+            row = _read(context, builder, rows.dtype, base, index)
+            read = _read(context, builder, like.dtype, row, args[5])
+            return context.cast(builder, read, like.dtype, work.dtype)
+
+        taps = [builder.extract_value(args[4], j) for j in range(radius)]
+        return _sum_of_taps(builder, taps, value)
+
+    return work.dtype(work, like, rows, first, weights, place), generate
+
+
+@intrinsic
+def smoothed_along(_: Any, like: Any, row: Any, weights: Any, place: Any) -> Any:
+    """The smoothing along a row of `like`'s type."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def value(distance: int) -> Any:
+            index = builder.add(args[3], ir.Constant(_WORD, distance))
+            return _read(context, builder, like.dtype, args[1], index)
+
+        taps = [builder.extract_value(args[2], j) for j in range(len(weights))]
+        return _sum_of_taps(builder, taps, value)
+
+    return like.dtype(like, row, weights, place), generate
+
+
+@intrinsic
+def moved(
+    _: Any, rule: Any, share: Any, field: Any, centre: Any, shares: Any, place: Any, smooth: Any
+) -> Any:
+    """The field's value moved to `smooth` as far as the rule lets it: see `RULES`.
+
+    Where blanks take part of the kernel, `share` is an array, not a tuple, and `smooth` is divided
+    by what is left of the kernel.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        new = args[6]
+        if isinstance(share, types.Array):
+            part = _read(context, builder, share.dtype, args[4], args[5])
+            new = builder.fdiv(new, context.cast(builder, part, share.dtype, smooth))
+        if len(rule) == 0:
+            return new
+        new = context.cast(builder, new, smooth, field.dtype)
+        old = _read(context, builder, field.dtype, args[3], args[5])
+        towards = ("<", ">") if len(rule) == 1 else (">", "<")
+        zero = ir.Constant(old.type, 0.0)
+        positive, negative = (
+            builder.select(builder.fcmp_ordered(sense, new, old), new, old) for sense in towards
+        )
+        result = builder.select(builder.fcmp_ordered("<", old, zero), negative, old)
+        return builder.select(builder.fcmp_ordered(">", old, zero), positive, result)
+
+    result = field.dtype if len(rule) else smooth
+    return result(rule, share, field, centre, shares, place, smooth), generate
+
+
+def _mean_of_four(builder: Any, values: list[Any]) -> Any:
+    """Eight times ``[1, 3, 3, 1] / 8``, exact for equal values."""
+    inner = builder.fadd(values[1], values[2], flags=_FUSE)
+    outer = builder.fadd(values[0], values[3], flags=_FUSE)
+    twice = builder.fmul(ir.Constant(inner.type, 2.0), inner, flags=_FUSE)
+    return builder.fadd(builder.fadd(inner, outer, flags=_FUSE), twice, flags=_FUSE)
+
+
+def _between(builder: Any, near: Any, far: Any) -> Any:
+    """``3/4 near + 1/4 far``, exact for equal values."""
+    excess = builder.fsub(far, near, flags=_FUSE)
+    quarter = builder.fmul(ir.Constant(near.type, 0.25), excess, flags=_FUSE)
+    return builder.fadd(near, quarter, flags=_FUSE)
+
+
+def _from_rows(context: Any, builder: Any, work: Any, like: Any, rows: Any, args: Any) -> Any:
+    """Reader of the values at one place of all rows of a table."""
+    base = builder.ptrtoint(context.make_array(rows)(context, builder, args[0]).data, _WORD)
+
+    def value(i: int) -> Any:
+        row = _read(context, builder, rows.dtype, base, ir.Constant(_WORD, i))
+        read = _read(context, builder, like.dtype, row, args[1])
+        return context.cast(builder, read, like.dtype, work.dtype)
+
+    return value
+
+
+@intrinsic
+def gathered(_: Any, work: Any, like: Any, rows: Any, halve: Any, place: Any) -> Any:
+    """Cells from voxels across rows: 4 rows along every axis that `halve` counts, 4 by 4 if two."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _from_rows(context, builder, work, like, rows, (args[2], args[4]))
+        count = 4 ** len(halve)
+        values = [value(i) for i in range(count)]
+        while len(values) > 1:
+            values = [
+                _mean_of_four(builder, values[i : i + 4]) for i in range(0, len(values), 4)
+            ]
+        return values[0]
+
+    return work.dtype(work, like, rows, halve, place), generate
+
+
+@intrinsic
+def blended(_: Any, like: Any, rows: Any, halve: Any, place: Any) -> Any:
+    """Voxels from cells across rows: near and far along every axis that `halve` counts."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _from_rows(context, builder, like, like, rows, (args[1], args[3]))
+        values = [value(i) for i in range(2 ** len(halve))]
+        while len(values) > 1:
+            pairs = zip(values[::2], values[1::2], strict=True)
+            values = [_between(builder, near, far) for near, far in pairs]
+        return values[0]
+
+    return like.dtype(like, rows, halve, place), generate
+
+
+@intrinsic
+def mean_along(_: Any, like: Any, row: Any, place: Any) -> Any:
+    """Eight times the mean of the four values of a row from `place` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        places = [builder.add(args[2], ir.Constant(_WORD, i)) for i in range(4)]
+        return _mean_of_four(
+            builder, [_read(context, builder, like.dtype, args[1], at) for at in places]
+        )
+
+    return like.dtype(like, row, place), generate
+
+
+@intrinsic
+def between_along(_: Any, like: Any, row: Any, near: Any, far: Any) -> Any:
+    """Three quarters of a row's value at `near` and one of that at `far`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = (_read(context, builder, like.dtype, args[1], at) for at in args[2:])
+        return _between(builder, *values)
+
+    return like.dtype(like, row, near, far), generate
+
+
+RULES = {"unconstrained": (), "constrained": (0,), "inverted": (0, 0)}
+"""A constraint as the length of a tuple, which is known when a kernel is compiled."""
+
+
+@intrinsic
+def row_of(_: Any, array: Any, index: Any, otherwise: Any) -> Any:
+    """Address of an array's element; `otherwise` where there is a tuple instead of an array."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not isinstance(array, types.Array):
+            return args[2]
+        made = context.make_array(array)(context, builder, args[0])
+        return builder.ptrtoint(builder.gep(made.data, [args[1]]), _WORD)
+
+    return types.uintp(array, index, otherwise), generate

@@ -1,0 +1,105 @@
+"""Wide kernels as small ones on a coarser grid: a step then costs the same at every scale.
+
+Instead of smoothing with a kernel, a step averages voxels to cells, `level` times with the weights
+``[1, 3, 3, 1] / 8``, smooths the cells with a small kernel, and goes back as many times with the
+weights 3/4 and 1/4::
+
+    S = U G_c D I
+
+The constraint acts on the full grid, where it must. The second and the fourth cumulant of the
+whole chain are those of the kernel it replaces: each way through level `j` adds the variance
+``0.75 4^j`` and the fourth cumulant ``-0.375 16^j``, and the small kernel the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdd_dask.boundaries import CUT
+from cdd_dask.kernels import Kernel
+
+SMALLEST_VARIANCE = 1.2
+"""Variance, in cells, that must be left for the small kernel; its square root is 1.1 cells."""
+REACH_OF_CASCADE = 4
+"""Cells beyond a kernel's reach on which a voxel depends, the way down and up."""
+
+
+def pyramid_level(kernel: Kernel) -> int:
+    """How often the grid can be halved for `kernel`; 0 where it is too narrow.
+
+    Examples
+    --------
+    >>> from cdd_dask.kernels import discrete_gaussian
+    >>> [pyramid_level(discrete_gaussian(sigma)) for sigma in (1.4, 2.8, 5.5, 11.1)]
+    [0, 1, 2, 3]
+    """
+    level = 0
+    while _variance_left(kernel, level + 1) >= SMALLEST_VARIANCE:
+        level += 1
+    return level
+
+
+def _variance_left(kernel: Kernel, level: int) -> float:
+    """Variance of the small kernel in cells: what the cascades leave of the whole."""
+    return float((_moment(kernel, 2) - 0.5 * (4**level - 1)) / 4**level)
+
+
+@lru_cache(maxsize=256)
+def coarse_kernel(kernel: Kernel, level: int) -> Kernel:
+    """The kernel on the grid of `level` that makes the chain equal `kernel`.
+
+    Weights ``exp(-a x² - b x⁴)``, positive and normalised, with `a` and `b` solved for the variance
+    and the fourth cumulant that are left.
+
+    Parameters
+    ----------
+    kernel
+        What the chain replaces.
+    level
+        Number of halvings; with 0 `kernel` itself is returned.
+    """
+    from scipy.optimize import root
+
+    if level == 0:
+        return kernel
+    variance = _variance_left(kernel, level)
+    fourth = _moment(kernel, 4) - 3 * _moment(kernel, 2) ** 2  # the cumulant
+    fourth = (fourth + 0.05 * (16**level - 1)) / 16**level
+    x = np.arange(math.ceil(4 * math.sqrt(variance)) + 1)
+    twice = np.where(x > 0, 2.0, 1.0)
+
+    def weights(a: float, b: float) -> NDArray[np.float64]:
+        one_sided = np.exp(-a * x**2 - b * x**4)
+        normalised: NDArray[np.float64] = one_sided / (twice * one_sided).sum()
+        return normalised
+
+    def excess(unknown: NDArray[np.float64]) -> list[float]:
+        w = twice * weights(*unknown)
+        second = (w * x**2).sum()
+        return [second - variance, (w * x**4).sum() - 3 * second**2 - fourth]
+
+    solution = root(excess, [0.5 / variance, 0.0], tol=1e-13).x
+    return Kernel(math.sqrt(variance), tuple(weights(*solution)[1:].tolist()))
+
+
+def _moment(kernel: Kernel, power: int) -> float:
+    distances = np.arange(1, kernel.radius + 1)
+    return float(2 * (np.array(kernel.wings) * distances**power).sum())
+
+
+def can_extend_cells(rule: str, at_border: bool) -> bool:
+    """Whether a face's `rule` may be applied to the cells instead of the voxels.
+
+    It is exact for ``reflect`` and ``wrap`` where the face lies `at_border` of a cell (for ``wrap``,
+    where both do); beyond a cut anything will do.
+    """
+    return rule == CUT or (rule in ("reflect", "wrap") and at_border)
+
+
+def margin(kernel: Kernel, level: int) -> int:
+    """Voxels beyond a face from which cells are made, where its rule must act on voxels."""
+    return (coarse_kernel(kernel, level).radius + REACH_OF_CASCADE) * 2**level
