@@ -26,10 +26,12 @@ from cdd_dask.engines.rows import (
 )
 
 
-def row_arrays(length: int, dtype: np.dtype[Any], cval: float) -> tuple[NDArray[Any], ...]:
+def row_arrays(
+    length: int, field: np.dtype[Any], working: np.dtype[Any], cval: float
+) -> tuple[NDArray[Any], ...]:
     """Working memory of `gather` and `spread` for one thread and rows of `length`."""
-    row, cells = (np.zeros(length + 4, dtype) for _ in range(2))
-    return row, cells, np.full(length, cval, dtype), np.zeros(16, np.uintp)
+    row, cells = (np.zeros(length + 4, working) for _ in range(2))
+    return row, cells, np.full(length, cval, field), np.zeros(16, np.uintp)
 
 
 @compiled
@@ -45,15 +47,15 @@ def _blend_across(coarse, sources, target, row, halve, width):  # type: ignore[n
 
 
 @compiled
-def _halve_along(row, source, target, cells, factor, width):  # type: ignore[no-untyped-def]
+def _halve_along(row, source, target, cells, width):  # type: ignore[no-untyped-def]
     for x in range(width):
-        store(target, cells, x, factor * mean_along(row, source, 2 * x))
+        store(target, cells, x, mean_along(row, source, 2 * x))
 
 
 @compiled
-def _copy_along(row, source, target, cells, factor, width):  # type: ignore[no-untyped-def]
+def _copy_along(row, source, target, cells, width):  # type: ignore[no-untyped-def]
     for x in range(width):
-        store(target, cells, x, factor * load(row, source, x))
+        store(target, cells, x, load(row, source, x))
 
 
 @compiled
@@ -100,8 +102,6 @@ def gather(field, shape, coarse, coarse_shape, region, index, before, halve, cva
     row, _, outside, sources = scratch
     nearest_z, nearest_y = (4 if len(hz) else 1), (4 if len(hy) else 1)
     stride_z, stride_y = (2 if len(hz) else 1), (2 if len(hy) else 1)
-    factor = row.dtype.type(0.125 ** (len(hz) + len(hy) + len(hx)))
-    edge = row.dtype.type(8 ** (len(hz) + len(hy)) * cval)
     z0, z1, y0, y1 = region
     for z in range(z0, z1):
         for y in range(y0, y1):
@@ -114,14 +114,14 @@ def gather(field, shape, coarse, coarse_shape, region, index, before, halve, cva
                         sources[j * nearest_z + i] = address(field, (plane * ny + line) * nx)
             _gather_across(field, sources, row, address(row, before), hz + hy, nx)
             for x in range(before):
-                row[np.uintp(x)] = edge if xi[x] < 0 else row[np.uintp(before + xi[x])]
+                row[np.uintp(x)] = cval if xi[x] < 0 else row[np.uintp(before + xi[x])]
             for x in range(before + nx, len(xi)):
-                row[np.uintp(x)] = edge if xi[x] < 0 else row[np.uintp(before + xi[x])]
+                row[np.uintp(x)] = cval if xi[x] < 0 else row[np.uintp(before + xi[x])]
             source, target = address(row, 0), address(coarse, (z * my + y) * mx)
             if len(hx):
-                _halve_along(row, source, coarse, target, factor, mx)
+                _halve_along(row, source, coarse, target, mx)
             else:
-                _copy_along(row, source, coarse, target, factor, mx)
+                _copy_along(row, source, coarse, target, mx)
 
 
 @compiled
@@ -175,7 +175,7 @@ def spread(coarse, coarse_shape, field, out, share, shape, region, index, halve,
                 )
                 source = address(cells, 1 + before // 2)
                 odd = before % 2
-                _double_along(cells, source, row, address(row, 0), (nx + odd + 1) // 2)
+                _double_along(row, source, address(row, 0), (nx + odd + 1) // 2)
                 _move(row, address(row, odd), field, out, places, share, rule, nx)
             else:
                 source = address(cells, 1 + before)

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -90,28 +90,43 @@ def _merged(shape: Shape, diffusion: Diffusion) -> list[_Axis]:
 
 
 def _diffuse(field: NDArray[Any], axes: list[_Axis], diffusion: Diffusion) -> NDArray[Any]:
-    blank = np.isnan(field) if diffusion.as_if_blank or np.isnan(field.min()) else None
-    dtype = field.dtype if blank is None else np.dtype(np.float64)
     values = field.reshape(-1)
-    with _Team(math.prod(axis.size for axis in axes)) as team:
+    blank = np.isnan(values) if diffusion.as_if_blank or np.isnan(values.min()) else None
+    working = field.dtype if blank is None else np.dtype(np.float64)
+    with _Team(values.size) as team:
         share: Share = ()
         if blank is not None:
-            blank = blank.reshape(-1)
-            valid = (~blank).astype(field.dtype)
-            share = np.empty(values.shape, dtype)
-            _smoother(axes, dtype, 1.0, team).move(valid, share, (), RULES["unconstrained"])
-            del valid
-            share[blank] = np.inf
+            share = _share(blank, axes, _Means(field.dtype, working, 1.0, team))
             values[blank] = 0.0
-        smoother = _smoother(axes, dtype, diffusion.cval, team)
+        scale = _scale(values, diffusion.cval)
+        if scale != 1:
+            values *= scale
+        smoother = _smoother(axes, _Means(field.dtype, working, diffusion.cval * scale, team))
         rule = RULES[diffusion.constraint]
         other = values if smoother.in_place else fused.aligned(values.size, values.dtype)
         for _ in range(diffusion.steps.count):
             smoother.move(values, other, share, rule)
             values, other = other, values
+    if scale != 1:
+        values /= scale
     if blank is not None:
         values[blank] = np.nan
     return values.reshape(field.shape)
+
+
+def _share(blank: NDArray[Any], axes: list[_Axis], means: _Means) -> Share:
+    """What blanks leave of the kernel; beyond a ``constant`` face all is data."""
+    valid = (~blank).astype(means.field)
+    share = np.empty(blank.shape, means.working)
+    _smoother(axes, means).move(valid, share, (), RULES["unconstrained"])
+    share[blank] = np.inf
+    return share
+
+
+def _scale(values: NDArray[Any], cval: float) -> float:
+    """A power of two that keeps the sum of two values from overflowing; nearly always 1."""
+    largest = max(-float(values.min()), float(values.max()), abs(cval))
+    return 1.0 if largest < np.finfo(values.dtype).max / 4 else 0.125
 
 
 class _Team:
@@ -158,6 +173,18 @@ def _even(total: int, parts: int) -> list[int]:
     return [min(total, batches * i // parts * fused.BATCH) for i in range(parts + 1)]
 
 
+@dataclass(frozen=True)
+class _Means:
+    """What a smoother computes with."""
+
+    field: np.dtype[Any]
+    """Type of the field."""
+    working: np.dtype[Any]
+    """Type of what is computed from it on the way."""
+    cval: float
+    team: _Team
+
+
 class _Smoother(Protocol):
     in_place: bool
     """Whether `move` may write where it reads."""
@@ -166,16 +193,16 @@ class _Smoother(Protocol):
         """One step of the flat `field`, written to `out`."""
 
 
-def _smoother(axes: list[_Axis], dtype: np.dtype[Any], cval: float, team: _Team) -> _Smoother:
+def _smoother(axes: list[_Axis], means: _Means) -> _Smoother:
     """What smooths these axes best."""
     if len(axes) > 3:
-        return _Separable(axes, dtype, cval, team)
+        return _Separable(axes, means)
     axes = [_Axis(1, IDENTITY, (CUT, CUT))] * (3 - len(axes)) + axes
     if any(axis.level for axis in axes):
-        return _Pyramid(axes, dtype, cval, team)
+        return _Pyramid(axes, means)
     if any(axis.kernel.radius > fused.LARGEST_RADIUS for axis in axes):
-        return _Separable(axes, dtype, cval, team)
-    return _Fused(axes, dtype, cval, team)
+        return _Separable(axes, means)
+    return _Fused(axes, means)
 
 
 def _twice(kernel: Kernel, radius: int, dtype: np.dtype[Any]) -> tuple[Any, ...]:
@@ -203,20 +230,18 @@ class _Fused:
 
     in_place = False
 
-    def __init__(self, axes: list[_Axis], dtype: np.dtype[Any], cval: float, team: _Team) -> None:
+    def __init__(self, axes: list[_Axis], means: _Means) -> None:
         # one radius for all axes: what is compiled depends on it
         radius = max(axis.kernel.radius for axis in axes)
         self._shape = tuple(axis.size for axis in axes)
-        self._weights = tuple(_twice(axis.kernel, radius, dtype) for axis in axes)
+        self._weights = tuple(_twice(axis.kernel, radius, means.working) for axis in axes)
         self._index = tuple(
             _index(axis, len(weights), len(weights) + fused.BATCH)
             for axis, weights in zip(axes, self._weights, strict=True)
         )
-        self._cval, self._team = dtype.type(cval), team
-        along_z = len(self._weights[0])
-        self._scratch = [
-            (fused.scratch_arrays(along_z, dtype, cval),) for _ in range(team.size)
-        ]
+        self._cval, self._team = means.working.type(means.cval), means.team
+        arrays = len(self._weights[0]), means.field, means.working, means.cval
+        self._scratch = [(fused.scratch_arrays(*arrays),) for _ in range(means.team.size)]
 
     def move(self, field: NDArray[Any], out: NDArray[Any], share: Share, rule: Any) -> None:
         def work(region: tuple[int, ...], scratch: Any) -> None:
@@ -244,12 +269,12 @@ class _Separable:
 
     in_place = True
 
-    def __init__(self, axes: list[_Axis], dtype: np.dtype[Any], cval: float, team: _Team) -> None:
+    def __init__(self, axes: list[_Axis], means: _Means) -> None:
         self._shape = tuple(axis.size for axis in axes)
         self._axes = [(i, axis) for i, axis in enumerate(axes) if axis.kernel.radius]
-        self._dtype, self._cval, self._team = dtype, cval, team
+        self._dtype, self._cval, self._team = means.working, means.cval, means.team
         size = math.prod(self._shape)
-        self._smooth = [np.empty(size, dtype) for _ in range(min(2, len(self._axes)))]
+        self._smooth = [np.empty(size, self._dtype) for _ in range(min(2, len(self._axes)))]
 
     def move(self, field: NDArray[Any], out: NDArray[Any], share: Share, rule: Any) -> None:
         source = field
@@ -279,8 +304,8 @@ class _Pyramid:
 
     in_place = True
 
-    def __init__(self, axes: list[_Axis], dtype: np.dtype[Any], cval: float, team: _Team) -> None:
-        self._cval, self._team = dtype.type(cval), team
+    def __init__(self, axes: list[_Axis], means: _Means) -> None:
+        self._cval, self._team, dtype = means.working.type(means.cval), means.team, means.working
         ways = [_Way(axis) for axis in axes]
         depth = max(axis.level for axis in axes)
         self._halve = [
@@ -293,9 +318,11 @@ class _Pyramid:
         self._shapes = [tuple(way.size(level) for way in ways) for level in range(depth + 1)]
         self._cells = [np.empty(math.prod(shape), dtype) for shape in self._shapes[1:]]
         self._smooth = fused.aligned(self._cells[-1].size, dtype)
-        self._kernel = _Fused([way.coarsest() for way in ways], dtype, cval, team)
+        coarsest = [way.coarsest() for way in ways]
+        self._kernel = _Fused(coarsest, replace(means, field=dtype))
         longest = max(len(index[2]) for index in self._down) + 2 * self._shapes[0][2]
-        self._scratch = [(coarse.row_arrays(longest, dtype, cval),) for _ in range(team.size)]
+        arrays = longest, means.field, dtype, means.cval
+        self._scratch = [(coarse.row_arrays(*arrays),) for _ in range(means.team.size)]
 
     def move(self, field: NDArray[Any], out: NDArray[Any], share: Share, rule: Any) -> None:
         source = field

@@ -42,12 +42,15 @@ CACHE = 400_000
 
 
 
-def scratch_arrays(radius: int, dtype: np.dtype[Any], cval: float) -> tuple[NDArray[Any], ...]:
+def scratch_arrays(
+    radius: int, field: np.dtype[Any], working: np.dtype[Any], cval: float
+) -> tuple[NDArray[Any], ...]:
     """Working memory of `step` for one thread and a `radius` along the first axis."""
     ring = 2 * radius + BATCH
-    rows, planes = aligned(BATCH * ROW, dtype), aligned(ring * PLANE, dtype)
+    rows, planes = aligned(BATCH * ROW, working), aligned(ring * PLANE, working)
     rows[:] = 0
-    return rows, planes, np.full(ROW, cval, dtype), *np.zeros((4, 2 * LARGEST_RADIUS + BATCH), np.uintp)
+    tables = np.zeros((4, 2 * LARGEST_RADIUS + BATCH), np.uintp)
+    return rows, planes, np.full(ROW, cval, field), *tables
 
 
 def aligned(size: int, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -8,6 +8,8 @@ the function in which they stand, which is why each such loop is a function of i
 
 Smoothing is written in differences, ``a + Σ w_j ((a_{-j} + a_{+j}) / 2 - a)`` with twice the
 weights, so that a constant field comes back to the bit and rounding does not wear others down.
+Where a product and a sum are rounded once is said, never left to the compiler: a voxel's bits must
+not depend on whether it lies in a vector or in what is left of a row.
 """
 
 from __future__ import annotations
@@ -18,9 +20,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-compiled = njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+compiled = njit(nogil=True, cache=True, error_model="numpy")
 _WORD = ir.IntType(64)
-_FUSE = ("contract",)
 
 
 def _scope(builder: Any) -> Any:
@@ -43,12 +44,11 @@ def _sum_of_taps(builder: Any, weights: list[Any], value: Any) -> Any:
     centre = value(0)
     total = None
     for distance in range(len(weights), 0, -1):
-        pair = builder.fadd(value(-distance), value(distance), flags=_FUSE)
-        half = builder.fmul(ir.Constant(centre.type, 0.5), pair, flags=_FUSE)
-        excess = builder.fsub(half, centre, flags=_FUSE)
-        term = builder.fmul(weights[distance - 1], excess, flags=_FUSE)
-        total = term if total is None else builder.fadd(total, term, flags=_FUSE)
-    return centre if total is None else builder.fadd(centre, total, flags=_FUSE)
+        pair = builder.fadd(value(-distance), value(distance))
+        excess = builder.fma(ir.Constant(centre.type, 0.5), pair, builder.fneg(centre))
+        weight = weights[distance - 1]
+        total = builder.fmul(weight, excess) if total is None else builder.fma(weight, excess, total)
+    return centre if total is None else builder.fadd(centre, total)
 
 
 @intrinsic
@@ -166,18 +166,17 @@ def moved(
 
 
 def _mean_of_four(builder: Any, values: list[Any]) -> Any:
-    """Eight times ``[1, 3, 3, 1] / 8``, exact for equal values."""
-    inner = builder.fadd(values[1], values[2], flags=_FUSE)
-    outer = builder.fadd(values[0], values[3], flags=_FUSE)
-    twice = builder.fmul(ir.Constant(inner.type, 2.0), inner, flags=_FUSE)
-    return builder.fadd(builder.fadd(inner, outer, flags=_FUSE), twice, flags=_FUSE)
+    """``[1, 3, 3, 1] / 8``, exact for equal values: each half of it is."""
+    eighth, three = (ir.Constant(values[0].type, weight) for weight in (0.125, 0.375))
+    low = builder.fma(three, values[1], builder.fmul(eighth, values[0]))
+    high = builder.fma(three, values[2], builder.fmul(eighth, values[3]))
+    return builder.fadd(low, high)
 
 
 def _between(builder: Any, near: Any, far: Any) -> Any:
     """``3/4 near + 1/4 far``, exact for equal values."""
-    excess = builder.fsub(far, near, flags=_FUSE)
-    quarter = builder.fmul(ir.Constant(near.type, 0.25), excess, flags=_FUSE)
-    return builder.fadd(near, quarter, flags=_FUSE)
+    excess = builder.fsub(far, near)
+    return builder.fma(ir.Constant(near.type, 0.25), excess, near)
 
 
 def _from_rows(context: Any, builder: Any, work: Any, like: Any, rows: Any, args: Any) -> Any:
@@ -226,7 +225,7 @@ def blended(_: Any, like: Any, rows: Any, halve: Any, place: Any) -> Any:
 
 @intrinsic
 def mean_along(_: Any, like: Any, row: Any, place: Any) -> Any:
-    """Eight times the mean of the four values of a row from `place` on."""
+    """The mean of the four values of a row from `place` on."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         places = [builder.add(args[2], ir.Constant(_WORD, i)) for i in range(4)]
