@@ -124,6 +124,8 @@ class TaskMemory:
     """Shape of what the source decodes at once, in voxels."""
     cells: tuple[int, ...] | None = None
     """Shape of the largest tile with its halo on the refined grid, where there is one."""
+    coarse_cells: int = 0
+    """Cells of the coarser grids that the block is smoothed on."""
     channels: int = 1
     """Channels that the pass computes."""
 
@@ -147,12 +149,15 @@ class TaskMemory:
             fetching = max(fetching, 2 * in_flight * self.source_itemsize)
         reading = haloed + math.prod(self.haloed) * self.source_itemsize + fetching
         work, lines = self.footprint.host, self.footprint.line
+        # coarser grids take the place of the field's next state, unless they are larger
+        computed = math.prod(self.cells or self.haloed)
+        coarse = max(0, self.coarse_cells - computed) * max(self.itemsize, 8)
         if self.cells is None:
-            diffusing = math.prod(self.haloed) * work + max(self.haloed) * lines + core
+            diffusing = computed * work + coarse + max(self.haloed) * lines + core
             writing = haloed + 2 * core + 2 * encoded
         else:
             # interpolating holds the cells, and about as much again of what they are made of
-            refined = math.prod(self.cells) * max(work, 3 * self.itemsize + 1)
+            refined = computed * max(work, 3 * self.itemsize + 1) + coarse
             fields = haloed + (self.channels + 1) * core
             diffusing = fields + refined + max(self.cells) * lines
             writing = fields + 2 * core + 2 * encoded

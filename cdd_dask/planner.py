@@ -14,6 +14,7 @@ from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
 from cdd_dask.memory import TaskMemory, format_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Plan, Resources, Stage, Volume
+from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps
 from cdd_dask.scales import scale_edges
 from cdd_dask.time_stepping import Steps, channel_steps
 
@@ -83,11 +84,26 @@ def _drafts(parameters: Parameters, volume: Volume, resources: Resources) -> lis
     """A draft for every size of tile that may do; one where nothing is refined."""
     edges = scale_edges(parameters, volume.shape)
     steps = channel_steps(parameters, edges, len(volume.shape))
-    depths = channel_halos(steps, parameters.rtol)
+    levels = tuple((0,) * len(volume.shape) for _ in steps)
+    if resources.has_pyramid:
+        levels = tuple(coarse_levels(parameters, part) for part in steps)
+    computed = tuple(map(computed_steps, steps, levels))
+    depths = channel_halos(computed, parameters.rtol)
     blank_depths = depths
     if volume.may_be_masked(parameters):
-        blank_depths = channel_halos(steps, parameters.rtol / BLANK_MARGIN)
-    draft = _Draft(parameters, volume, resources, edges, steps, depths, blank_depths, volume.shape)
+        blank_depths = channel_halos(computed, parameters.rtol / BLANK_MARGIN)
+    draft = _Draft(
+        parameters=parameters,
+        volume=volume,
+        resources=resources,
+        edges=edges,
+        steps=steps,
+        levels=levels,
+        computed_steps=computed,
+        depths=depths,
+        blank_depths=blank_depths,
+        tile=volume.shape,
+    )
     if not draft.refined:
         return [draft]
     tiles = dict.fromkeys(draft.largest_tile(share) for share in TILE_SHARES)
@@ -119,6 +135,10 @@ class _Draft:
     resources: Resources
     edges: tuple[float, ...]
     steps: tuple[Steps, ...]
+    levels: tuple[tuple[int, ...], ...]
+    """How often every channel halves the grid for its smoothing, per axis."""
+    computed_steps: tuple[Steps, ...]
+    """The steps with the kernels that these halvings make of theirs."""
     depths: tuple[tuple[int, ...], ...]
     """Halo of every channel in voxels per axis, where the volume is cut."""
     blank_depths: tuple[tuple[int, ...], ...]
@@ -153,14 +173,17 @@ class _Draft:
         """What decides the bytes that a task of channel `k` holds at its peak."""
         depth, boundary = self.blank_depths[k], self.parameters.boundary
         refined = self.steps[k].refinement > 1
+        haloed = haloed_shape(grid, depth, boundary)
+        cells = self.cells(self.tiles(grid), k) if refined else None
         return TaskMemory(
             grid=grid,
-            haloed=haloed_shape(grid, depth, boundary),
+            haloed=haloed,
             footprint=self.resources.footprint,
             itemsize=self.parameters.itemsize,
             source_itemsize=self.volume.source_itemsize,
             source_chunk=self.volume.source_chunk,
-            cells=self.cells(self.tiles(grid), k) if refined else None,
+            cells=cells,
+            coarse_cells=coarse_cells(cells or haloed, self.steps[k], self.levels[k]),
             channels=self.refined if refined else 1,
         )
 
@@ -315,9 +338,9 @@ class _Draft:
             steps=steps.count,
             sigma=max(kernel.sigma for kernel in steps.kernels),
             radius=max(kernel.radius for kernel in steps.kernels),
-            regime="refined" if steps.refinement > 1 else "direct",
+            regime=self._regime(k),
             passes=1,
-            level=0,
+            levels=self.levels[k],
             depth=depth,
             blank_depth=blank_depth,
             refinement=steps.refinement,
@@ -333,12 +356,18 @@ class _Draft:
             error=self._error(k, depth, cut),
         )
 
+    def _regime(self, k: int) -> str:
+        if self.steps[k].refinement > 1:
+            return "refined"
+        return "pyramid" if any(self.levels[k]) else "direct"
+
     def _error(self, k: int, depth: tuple[int, ...], cut: list[bool]) -> str:
         """What is known of the error that cutting causes in channel `k`."""
         passes = next(p for p in channel_passes(self.steps) if k in p)
         factor = self.steps[k].refinement
         for axis, is_cut in enumerate(cut):
-            reach = sum(steps.reach[axis] for steps in self.steps[passes.start : passes.stop])
+            computed = self.computed_steps[passes.start : passes.stop]
+            reach = sum(steps.reach[axis] for steps in computed)
             if is_cut and depth[axis] * factor < reach:
                 one_sign = self.parameters.constraint == "constrained"
                 return "bounded (one sign)" if one_sign else "bounded"
@@ -357,7 +386,7 @@ class _Draft:
             radius=0,
             regime="copy",
             passes=1,
-            level=0,
+            levels=depth,
             depth=depth,
             blank_depth=depth,
             refinement=1,

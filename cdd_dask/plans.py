@@ -61,6 +61,8 @@ class Resources:
     """The engine's working memory in bytes per voxel."""
     voxel_steps_per_second: float
     """Rough speed of one task, for estimates of time."""
+    has_pyramid: bool = False
+    """Whether the engine smooths with wide kernels on a coarser grid."""
     device_memory: int | None = None
     """Free bytes on the device; None where the engine computes on the host."""
     in_memory: bool = False
@@ -84,12 +86,13 @@ class Stage:
     radius: int
     """Largest radius along an axis of one step's kernel, in cells."""
     regime: str
-    """How the channel is computed: ``copy``, ``direct`` (full kernels, halo'd blocks), or
-    ``refined`` (the same on a finer grid, tile by tile, with all other refined channels)."""
+    """How the channel is computed: ``copy``, ``direct`` (full kernels, halo'd blocks),
+    ``pyramid`` (wide kernels on a coarser grid, see `levels`), or ``refined`` (on a finer grid,
+    tile by tile, with all other refined channels)."""
     passes: int
     """Times the volume is read and written."""
-    level: int
-    """Coarse level that the smoothing uses; 0 is the full grid."""
+    levels: tuple[int, ...]
+    """How often the grid is halved for the smoothing, per axis; 0 is the full grid."""
     depth: tuple[int, ...]
     """Halo in voxels per axis; 0 along axes that are not cut."""
     blank_depth: tuple[int, ...]
@@ -227,7 +230,7 @@ def describe_plan(plan: Plan) -> str:
         "passes": lambda s: str(s.passes),
         "steps": lambda s: str(s.steps),
         "sigma": lambda s: f"{s.sigma:.3g}",
-        "level": lambda s: str(s.level),
+        "level": lambda s: str(max(s.levels)),
         "halo": lambda s: _times(s.depth),
         "overhead": lambda s: f"{s.haloed_voxels / math.prod(volume.shape):.2f}",
         "tasks": lambda s: str(s.tasks),

@@ -14,6 +14,7 @@ whole chain are those of the kernel it replaces: each way through level `j` adds
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -21,11 +22,43 @@ from numpy.typing import NDArray
 
 from cdd_dask.boundaries import CUT
 from cdd_dask.kernels import Kernel
+from cdd_dask.parameters import Parameters
+from cdd_dask.time_stepping import Steps
 
+SMALLEST_RTOL = 1e-4
+"""Below it full kernels are asked for."""
+SMALLEST_RTOL_AT_STEEP_FACES = 1e-2
+"""The same where the field is far from what lies beyond ``constant`` faces."""
 SMALLEST_VARIANCE = 1.2
 """Variance, in cells, that must be left for the small kernel; its square root is 1.1 cells."""
+MOST_AXES = 3
+"""Axes that a pyramid smooths along."""
 REACH_OF_CASCADE = 4
 """Cells beyond a kernel's reach on which a voxel depends, the way down and up."""
+
+
+def coarse_levels(parameters: Parameters, steps: Steps) -> tuple[int, ...]:
+    """How often `steps` may halve the grid along each axis, for the error that `rtol` allows.
+
+    A channel differs by up to 2e-4 of its L2 norm from that of full kernels, and by 5e-4 if
+    inverted. At ``constant`` faces it is 4e-3 if the field stays away from `cval`, as it does where
+    that is not 0 or the rule is inverted.
+
+    Examples
+    --------
+    >>> from cdd_dask.time_stepping import channel_steps
+    >>> channels = channel_steps(Parameters(), (16.0, 32.0, 64.0), ndim=2)
+    >>> [coarse_levels(Parameters(), steps) for steps in channels]
+    [(1, 1), (1, 1), (2, 2)]
+    >>> coarse_levels(Parameters(rtol=1e-5), channels[2])
+    (0, 0)
+    """
+    steep = parameters.cval != 0 or parameters.constraint == "inverted"
+    at_faces = parameters.boundary == "constant" and steep
+    needed = SMALLEST_RTOL_AT_STEEP_FACES if at_faces else SMALLEST_RTOL
+    if parameters.rtol < needed or len(steps.axes) > MOST_AXES:
+        return (0,) * len(steps.kernels)
+    return tuple(map(pyramid_level, steps.kernels))
 
 
 def pyramid_level(kernel: Kernel) -> int:
@@ -86,6 +119,42 @@ def coarse_kernel(kernel: Kernel, level: int) -> Kernel:
     return Kernel(math.sqrt(variance), tuple(weights(*solution)[1:].tolist()))
 
 
+def chain_kernel(kernel: Kernel, level: int) -> Kernel:
+    """What the chain of `level` halvings smooths with, averaged over the voxels of a cell.
+
+    Each way through a level spreads by ``[1, 3, 3, 1] / 8``. The radius is the chain's reach.
+    """
+    weights = coarse_kernel(kernel, level).weights
+    for _ in range(level):
+        cells = np.zeros(2 * len(weights) - 1)
+        cells[::2] = weights
+        for _ in ("down", "up"):
+            cells = np.convolve(cells, np.array([1, 3, 3, 1]) / 8)
+        weights = cells
+    return Kernel(kernel.sigma, tuple(weights[len(weights) // 2 + 1 :].tolist()))
+
+
+def computed_steps(steps: Steps, levels: tuple[int, ...]) -> Steps:
+    """The steps with the kernels that a pyramid of `levels` makes of theirs."""
+    return replace(steps, kernels=tuple(map(chain_kernel, steps.kernels, levels)))
+
+
+def coarse_cells(shape: tuple[int, ...], steps: Steps, levels: tuple[int, ...]) -> int:
+    """Cells of all levels, at most, for a block of `shape`; the coarsest are held twice."""
+    if not any(levels):
+        return 0
+    padded = [
+        -(-n // 2**level + 2 * (margin(kernel, level) >> level) + 1) * 2**level if level else n
+        for n, kernel, level in zip(shape, steps.kernels, levels, strict=True)
+    ]
+    depth = max(levels)
+    counts = [
+        math.prod(n >> min(level, j) for n, level in zip(padded, levels, strict=True))
+        for j in range(1, depth + 1)
+    ]
+    return sum(counts) + counts[-1]
+
+
 def _moment(kernel: Kernel, power: int) -> float:
     distances = np.arange(1, kernel.radius + 1)
     return float(2 * (np.array(kernel.wings) * distances**power).sum())
@@ -94,8 +163,8 @@ def _moment(kernel: Kernel, power: int) -> float:
 def can_extend_cells(rule: str, at_border: bool) -> bool:
     """Whether a face's `rule` may be applied to the cells instead of the voxels.
 
-    It is exact for ``reflect`` and ``wrap`` where the face lies `at_border` of a cell (for ``wrap``,
-    where both do); beyond a cut anything will do.
+    It is exact for ``reflect`` and ``wrap`` where the face lies `at_border` of a cell (where both
+    do, for ``wrap``); beyond a cut anything will do.
     """
     return rule == CUT or (rule in ("reflect", "wrap") and at_border)
 

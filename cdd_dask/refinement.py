@@ -83,6 +83,13 @@ class Refinement:
             for outs, rules in zip(half, self.faces, strict=True)
         )
 
+    def first_cell(self, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Where the refined block begins if the block of `shape` voxels begins at `start`."""
+        return tuple(
+            place * (self.factor if axis in self.axes else 1) + low
+            for axis, (place, (low, _)) in enumerate(zip(start, self._left_out(shape), strict=True))
+        )
+
     def refine(self, field: NDArray[Any]) -> NDArray[Any]:
         """The cells of a block, C-contiguous, in its dtype; those of blank voxels are NaN.
 

@@ -59,6 +59,7 @@ def resolve_resources(
         threads=max(1, _cores() // count),
         footprint=chosen.footprint(parameters.itemsize, blanks),
         voxel_steps_per_second=chosen.voxel_steps_per_second,
+        has_pyramid=chosen.has_pyramid,
         device_memory=None if free is None else free // count,
         in_memory=in_memory,
     )
@@ -134,6 +135,7 @@ def _on_client(
         threads=1,
         footprint=any_probe["footprint"],
         voxel_steps_per_second=any_probe["speed"],
+        has_pyramid=any_probe["has_pyramid"],
         device_memory=min(free) if free else None,
     )
 
@@ -147,5 +149,6 @@ def _probe_engine(engine: str, device: str | None, itemsize: int, blanks: bool) 
         "devices": chosen.device_count(),
         "footprint": chosen.footprint(itemsize, blanks),
         "speed": chosen.voxel_steps_per_second,
+        "has_pyramid": chosen.has_pyramid,
         "baseline": BASELINE_TORCH if "torch" in sys.modules else BASELINE,
     }

@@ -68,6 +68,8 @@ class _Job:
     depths: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]
     """Halos of a stage's blocks: without blank voxels, and with them."""
     tiles: dict[int, tuple[int, ...]]
+    levels: dict[int, tuple[int, ...]]
+    """How often a stage halves the grid for its smoothing, per axis."""
     steps: tuple[Steps, ...]
     engine_name: str
     device: str
@@ -76,11 +78,17 @@ class _Job:
     as_if_blank: bool
     """Whether all blocks are computed as if they had blank voxels: bits must not tell."""
 
-    def diffusion(self, k: int, faces: Faces) -> Diffusion:
-        """What the steps of channel `k` do to a block with such `faces`."""
-        parameters = self.parameters
+    def diffusion(self, k: int, faces: Faces, start: tuple[int, ...]) -> Diffusion:
+        """What the steps of channel `k` do to a block with such `faces` that begins at `start`."""
+        levels = self.levels[k + 1]
         return Diffusion(
-            self.steps[k], parameters.constraint, faces, parameters.cval, self.as_if_blank
+            self.steps[k],
+            self.parameters.constraint,
+            faces,
+            self.parameters.cval,
+            levels,
+            tuple(place % 2**level for place, level in zip(start, levels, strict=True)),
+            self.as_if_blank,
         )
 
     @cached_property
@@ -184,6 +192,7 @@ def _load_job(address: str, run: str) -> _Job:
             for stage in plan["stages"]
         },
         tiles={stage["number"]: tuple(stage["tile"]) for stage in plan["stages"]},
+        levels={stage["number"]: tuple(stage["levels"]) for stage in plan["stages"]},
         steps=channel_steps(parameters, tuple(attributes["edges"]), len(shape)),
         engine_name=plan["resources"]["engine"],
         device=plan["resources"]["device"],
@@ -279,7 +288,7 @@ def _is_empty(parameters: Parameters, field: NDArray[Any], block: HaloedBlock) -
 
 
 def _diffuse(job: _Job, k: int, field: NDArray[Any], block: HaloedBlock) -> NDArray[Any]:
-    return job.engine.diffuse(field, job.diffusion(k, block.faces))
+    return job.engine.diffuse(field, job.diffusion(k, block.faces, starts(block.outer)))
 
 
 def _diffuse_refined(
@@ -312,9 +321,10 @@ def _diffuse_refined(
             parameters.cval,
         )
         cells, faces = refinement.refine(part), refinement.cell_faces(part.shape)
+        start = refinement.first_cell(starts(around.outer), part.shape)
         # what the cells give back of the field is what the channels are counted from
         cores[0][place] = refinement.coarsen(cells, part.shape)[around.inner]
         for values, k in zip(cores[1:], channels, strict=True):
-            cells = job.engine.diffuse(cells, job.diffusion(k, faces))
+            cells = job.engine.diffuse(cells, job.diffusion(k, faces, start))
             values[place] = refinement.coarsen(cells, part.shape)[around.inner]
     return cores

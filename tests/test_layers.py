@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cdd_dask"
 LAYERS = (
     ("errors", "parameters", "tables", "statistics"),
-    ("scales", "kernels", "time_stepping", "boundaries", "refinement", "halo"),
+    ("scales", "kernels", "time_stepping", "boundaries", "refinement", "halo", "pyramid"),
     ("engines",),
     ("blocks", "memory", "plans", "planner"),
     ("readers", "store"),

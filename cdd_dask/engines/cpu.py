@@ -49,16 +49,20 @@ class CpuEngine(Engine):
 
     def diffuse(self, field: NDArray[Any], diffusion: Diffusion) -> NDArray[Any]:
         axes = _merged(field.shape, diffusion)
-        if len(axes) > 3 and axes[0].kernel.radius == 0:
-            parts = field.reshape([axis.size for axis in axes])
-            for i, part in enumerate(parts):
-                parts[i] = _diffuse(part, axes[1:], diffusion)
-            return parts.reshape(field.shape)
+        alone = [i for i, axis in enumerate(axes) if axis.kernel.radius == 0]
+        if len(axes) > 3 and alone:
+            parts = np.moveaxis(field.reshape([axis.size for axis in axes]), alone[0], 0)
+            rest = axes[: alone[0]] + axes[alone[0] + 1 :]
+            for part in parts:
+                part[...] = _diffuse(np.ascontiguousarray(part), rest, diffusion)
+            return field
         return _diffuse(field, axes, diffusion).reshape(field.shape)
 
     def footprint(self, itemsize: int, blanks: bool = False) -> Footprint:
-        # the field and its next state; with blanks, what is left of the kernel, and where they are
-        return Footprint(host=2 * itemsize + (8 + 1 + itemsize if blanks else 0), device=0)
+        # the field and its next state; with blanks, where they are, what is left of the kernel,
+        # and one smoothed axis
+        host = 2 * itemsize + (1 + 8 + 8 if blanks else 0)
+        return Footprint(host=host, device=0, line=_threads * separable.WIDTH * 8)
 
     def limit_threads(self, count: int) -> int:
         global _threads
@@ -273,17 +277,14 @@ class _Separable:
         self._shape = tuple(axis.size for axis in axes)
         self._axes = [(i, axis) for i, axis in enumerate(axes) if axis.kernel.radius]
         self._dtype, self._cval, self._team = means.working, means.cval, means.team
-        size = math.prod(self._shape)
-        self._smooth = [np.empty(size, self._dtype) for _ in range(min(2, len(self._axes)))]
+        self._smooth = np.empty(math.prod(self._shape), self._dtype)
 
     def move(self, field: NDArray[Any], out: NDArray[Any], share: Share, rule: Any) -> None:
         source = field
-        for number, (i, axis) in enumerate(self._axes):
-            target = self._smooth[number % 2]
-            self._smooth_axis(source, target, i, axis)
-            source = target
-        size = math.prod(self._shape)
-        separable.move(source, field, out, share, size, rule)
+        for i, axis in self._axes:
+            self._smooth_axis(source, self._smooth, i, axis)
+            source = self._smooth
+        separable.move(source, field, out, share, field.size, rule)
 
     def _smooth_axis(self, field: NDArray[Any], out: NDArray[Any], i: int, axis: _Axis) -> None:
         radius = axis.kernel.radius
@@ -292,11 +293,15 @@ class _Separable:
         weights = np.array(_twice(axis.kernel, radius, self._dtype))
         cval = field.dtype.type(self._cval)
 
-        def work(region: tuple[int, ...], sums: NDArray[Any]) -> None:
-            separable.smooth_axis(field, out, shape, region, index, weights, cval, sums)
+        def work(region: tuple[int, ...], tile: NDArray[Any], sums: NDArray[Any]) -> None:
+            separable.smooth_axis(field, out, shape, region, index, weights, cval, tile, sums)
 
-        sums = [(np.empty(separable.CHUNK, self._dtype),) for _ in range(self._team.size)]
-        self._team.share(work, shape, sums)
+        size, many = (axis.size + 2 * radius) * min(separable.WIDTH, shape[2]), separable.CHUNK
+        scratch = [
+            (np.empty(size, field.dtype), np.empty(many, self._dtype))
+            for _ in range(self._team.size)
+        ]
+        self._team.share(work, (shape[0], shape[2]), scratch)
 
 
 class _Pyramid:
@@ -343,7 +348,16 @@ class _Pyramid:
 
         def work(region: tuple[int, ...], scratch: Any) -> None:
             coarse.gather(
-                field, shapes[0], cells, shapes[1], region, index, before, halve, self._cval, scratch
+                field,
+                shapes[0],
+                cells,
+                shapes[1],
+                region,
+                index,
+                before,
+                halve,
+                self._cval,
+                scratch,
             )
 
         self._team.share(work, shapes[1], self._scratch)

@@ -41,7 +41,6 @@ CACHE = 400_000
 """Bytes that a tile's smoothed planes may take, to stay in the second-level cache."""
 
 
-
 def scratch_arrays(
     radius: int, field: np.dtype[Any], working: np.dtype[Any], cval: float
 ) -> tuple[NDArray[Any], ...]:

@@ -47,7 +47,9 @@ def _sum_of_taps(builder: Any, weights: list[Any], value: Any) -> Any:
         pair = builder.fadd(value(-distance), value(distance))
         excess = builder.fma(ir.Constant(centre.type, 0.5), pair, builder.fneg(centre))
         weight = weights[distance - 1]
-        total = builder.fmul(weight, excess) if total is None else builder.fma(weight, excess, total)
+        total = (
+            builder.fmul(weight, excess) if total is None else builder.fma(weight, excess, total)
+        )
     return centre if total is None else builder.fadd(centre, total)
 
 
@@ -78,7 +80,9 @@ def row_at(_: Any, rows: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         base = builder.ptrtoint(context.make_array(rows)(context, builder, args[0]).data, _WORD)
-        return _read(context, builder, rows.dtype, base, context.cast(builder, args[1], index, types.intp))
+        return _read(
+            context, builder, rows.dtype, base, context.cast(builder, args[1], index, types.intp)
+        )
 
     return types.uintp(rows, index), generate
 
@@ -200,9 +204,7 @@ def gathered(_: Any, work: Any, like: Any, rows: Any, halve: Any, place: Any) ->
         count = 4 ** len(halve)
         values = [value(i) for i in range(count)]
         while len(values) > 1:
-            values = [
-                _mean_of_four(builder, values[i : i + 4]) for i in range(0, len(values), 4)
-            ]
+            values = [_mean_of_four(builder, values[i : i + 4]) for i in range(0, len(values), 4)]
         return values[0]
 
     return work.dtype(work, like, rows, halve, place), generate

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from cdd_dask.engines.rows import address, compiled, load, moved, row_of, store
 
 CHUNK = 512
 """Values that are summed at once, to stay in the first-level cache."""
+WIDTH = 64
+"""Neighbours whose lines are smoothed together."""
 
 
 @compiled
@@ -19,65 +19,57 @@ def _add_pairs(field, centre, low, high, weight, sums, width):  # type: ignore[n
 
 
 @compiled
-def _add_centre(field, centre, sums, out, target, width):  # type: ignore[no-untyped-def]
+def _add_centre(field, centre, sums, width):  # type: ignore[no-untyped-def]
     for x in range(width):
-        store(out, target, x, sums.dtype.type(load(field, centre, x)) + sums[x])
+        sums[x] += sums.dtype.type(load(field, centre, x))
 
 
 @compiled
-def smooth_axis(field, out, shape, region, index, weights, cval, sums):  # type: ignore[no-untyped-def]
+def smooth_axis(field, out, shape, region, index, weights, cval, tile, sums):  # type: ignore[no-untyped-def]
     """Smooth a field along the middle one of three axes.
 
     Parameters
     ----------
     field, out
-        Flat arrays of ``shape``; not the same.
+        Flat arrays of ``shape``; may be the same.
     shape
         ``(outer, n, inner)``.
     region
-        ``(start, stop)`` along the outer axis.
+        ``(o0, o1, i0, i1)``: what to compute along the outer and the inner axis.
     index
         Where the values at ``-r … n + r - 1`` come from; -1 where they are `cval`.
     weights
         Twice the weights at distances 1 to `r`, an array of `out`'s type.
     cval
         Value beyond the field.
+    tile
+        Working memory of `field`'s type: ``n + 2 r`` values of `WIDTH` neighbours, or of all.
     sums
-        Working memory: a row of `CHUNK` values, of `out`'s type.
+        Working memory: `CHUNK` values of `out`'s type.
     """
     _, n, inner = shape
     radius = len(weights)
-    outside = np.full(CHUNK, cval, field.dtype)
-    line = np.empty(n + 2 * radius if inner == 1 else 0, field.dtype)
-    for o in range(region[0], region[1]):
-        if inner == 1:
+    o0, o1, i0, i1 = region
+    for o in range(o0, o1):
+        for left in range(i0, i1, WIDTH):
+            wide = min(WIDTH, i1 - left)
             for i in range(n + 2 * radius):
                 k = index[i]
-                line[i] = cval if k < 0 else field[o * n + k]
-            for left in range(0, n, CHUNK):
-                width = min(CHUNK, n - left)
+                for x in range(wide):
+                    tile[i * wide + x] = cval if k < 0 else field[(o * n + k) * inner + left + x]
+            # rows of the tile lie side by side: so many values at once as they fill
+            for first in range(0, n * wide, CHUNK // wide * wide):
+                width = min(CHUNK // wide * wide, n * wide - first)
                 sums[:] = 0
-                centre = address(line, left + radius)
+                centre = address(tile, first + radius * wide)
                 for j in range(radius, 0, -1):
-                    low, high = address(line, left + radius - j), address(line, left + radius + j)
-                    _add_pairs(line, centre, low, high, weights[j - 1], sums, width)
-                _add_centre(line, centre, sums, out, address(out, o * n + left), width)
-            continue
-        for i in range(n):
-            for left in range(0, inner, CHUNK):
-                width = min(CHUNK, inner - left)
-                sums[:] = 0
-                centre = address(field, (o * n + i) * inner + left)
-                for j in range(radius, 0, -1):
-                    below, above = index[i + radius - j], index[i + radius + j]
-                    low = high = address(outside, 0)
-                    if below >= 0:
-                        low = address(field, (o * n + below) * inner + left)
-                    if above >= 0:
-                        high = address(field, (o * n + above) * inner + left)
-                    _add_pairs(field, centre, low, high, weights[j - 1], sums, width)
-                target = address(out, (o * n + i) * inner + left)
-                _add_centre(field, centre, sums, out, target, width)
+                    low = address(tile, first + (radius - j) * wide)
+                    high = address(tile, first + (radius + j) * wide)
+                    _add_pairs(tile, centre, low, high, weights[j - 1], sums, width)
+                _add_centre(tile, centre, sums, width)
+                for x in range(width):
+                    i, y = (first + x) // wide, (first + x) % wide
+                    out[(o * n + i) * inner + left + y] = sums[x]
 
 
 @compiled
