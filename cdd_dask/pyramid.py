@@ -171,4 +171,4 @@ def can_extend_cells(rule: str, at_border: bool) -> bool:
 
 def margin(kernel: Kernel, level: int) -> int:
     """Voxels beyond a face from which cells are made, where its rule must act on voxels."""
-    return (coarse_kernel(kernel, level).radius + REACH_OF_CASCADE) * 2**level
+    return int((coarse_kernel(kernel, level).radius + REACH_OF_CASCADE) * 2**level)

@@ -174,7 +174,7 @@ def step(field, out, share, shape, region, index, weights, rule, cval, scratch):
     scratch
         Arrays as `scratch_arrays` makes them.
     """
-    nz, ny, nx = shape
+    _, ny, nx = shape
     z0, z1, y0, y1 = region
     zi, yi, xi = index
     wz, wy, wx = weights

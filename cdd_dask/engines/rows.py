@@ -12,6 +12,8 @@ Where a product and a sum are rounded once is said, never left to the compiler: 
 not depend on whether it lies in a vector or in what is left of a row.
 """
 
+# mypy: disable-error-code="untyped-decorator"
+
 from __future__ import annotations
 
 from typing import Any
