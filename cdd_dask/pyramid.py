@@ -40,7 +40,7 @@ REACH_OF_CASCADE = 4
 def coarse_levels(parameters: Parameters, steps: Steps) -> tuple[int, ...]:
     """How often `steps` may halve the grid along each axis, for the error that `rtol` allows.
 
-    A channel differs by up to 2e-4 of its L2 norm from that of full kernels, and by 5e-4 if
+    A channel differs by up to 2e-4 of its L2 norm from that of full kernels, and by 1e-3 if
     inverted. At ``constant`` faces it is 4e-3 if the field stays away from `cval`, as it does where
     that is not 0 or the rule is inverted.
 
@@ -140,11 +140,14 @@ def computed_steps(steps: Steps, levels: tuple[int, ...]) -> Steps:
 
 
 def coarse_cells(shape: tuple[int, ...], steps: Steps, levels: tuple[int, ...]) -> int:
-    """Cells of all levels, at most, for a block of `shape`; the coarsest are held twice."""
+    """Cells of all levels, at most, for a block of `shape`; the coarsest are held twice.
+
+    Its faces are all taken to need cells beyond them, see `can_extend_cells`.
+    """
     if not any(levels):
         return 0
     padded = [
-        -(-n // 2**level + 2 * (margin(kernel, level) >> level) + 1) * 2**level if level else n
+        (-(-n // 2**level) + 2 * (margin(kernel, level) >> level) + 1) * 2**level if level else n
         for n, kernel, level in zip(shape, steps.kernels, levels, strict=True)
     ]
     depth = max(levels)

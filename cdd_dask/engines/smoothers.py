@@ -61,7 +61,7 @@ def smoother_of(axes: list[Axis], means: Means) -> Smoother:
         return _Separable(axes, means)
     axes = [Axis(1, IDENTITY, (CUT, CUT))] * (3 - len(axes)) + axes
     if any(axis.level for axis in axes):
-        return _Pyramid(axes, means)
+        return Pyramid(axes, means)
     if any(axis.kernel.radius > fused.LARGEST_RADIUS for axis in axes):
         return _Separable(axes, means)
     return _Fused(axes, means)
@@ -162,7 +162,7 @@ class _Separable:
         self._team.share(work, (shape[0], shape[2]), scratch)
 
 
-class _Pyramid:
+class Pyramid:
     """Down to cells, a small kernel there, and back."""
 
     in_place = True
@@ -186,6 +186,11 @@ class _Pyramid:
         longest = max(len(index[2]) for index in self._down) + 2 * self._shapes[0][2]
         arrays = longest, means.field, dtype, means.cval
         self._scratch = [(coarse.row_arrays(*arrays),) for _ in range(means.team.size)]
+
+    @property
+    def cells(self) -> int:
+        """Cells that it holds."""
+        return sum(cells.size for cells in self._cells) + self._smooth.size
 
     def move(self, field: NDArray[Any], out: NDArray[Any], share: Share, rule: Any) -> None:
         source = field
