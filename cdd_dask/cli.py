@@ -93,7 +93,8 @@ OPTIONS = (
     click.option("--cval", type=float, default=0.0, show_default=True,
                  help="Value beyond the volume for --boundary constant."),
     click.option("--rtol", type=float, default=1e-3, show_default=True,
-                 help="Error allowed by cutting into blocks, relative to the field's range."),
+                 help="Error allowed by cutting into blocks, relative to the field's range; below "
+                 "1e-4 wide kernels are not computed on a coarser grid."),
     click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True,
                  help="Working type."),
     click.option("--axes", type=Numbers(), help="Axes to decompose along, like 1,2; slices across "
@@ -110,7 +111,7 @@ OPTIONS = (
     click.option("--switch-scale", type=float, help="Largest edge on the refined grid.  "
                  "[default: 5 times the smallest spacing]"),
     click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True,
-                 help="What computes a block."),
+                 help="What computes a block; auto: torch on a GPU, else cpu."),
     click.option("--device", help="Device of the torch engine: cpu, cuda, cuda:1, mps."),
     click.option("--memory", metavar="SIZE", help="What all tasks on this machine may hold "
                  "together, like 500MB.  [default: half of what is free]"),

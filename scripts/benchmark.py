@@ -1,0 +1,317 @@
+"""Measure how fast the machine, the engines and whole decompositions are, side by side.
+
+    python scripts/benchmark.py                                  # steps and a 128³ decomposition
+    python scripts/benchmark.py --peer                           # beside constrained-diffusion
+    python scripts/benchmark.py --peer --size 256                # whose time is extrapolated
+    python scripts/benchmark.py --size 1024 --ndim 2 --upsample 4 --json figures.json
+
+Everything is repeated and interleaved, and given as median and spread: machines differ and are
+noisy, so only the ratios within one run say much. Compile time is stated apart. The torch engine
+joins where CUDA is present.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from turbulence import lognormal_turbulence
+
+from cdd_dask.engines import Diffusion, Engine, load_engine
+from cdd_dask.kernels import smoothing_kernel
+from cdd_dask.parameters import Parameters
+from cdd_dask.pyramid import pyramid_level
+from cdd_dask.scales import scale_edges
+from cdd_dask.time_stepping import Steps, channel_steps
+
+SIGMAS = (0.174, 0.346, 0.693, 1.386, 2.77, 5.54, 11.1, 22.2)
+"""What octaves from 1 to 256 voxels smooth with."""
+LONGEST_PEER = 3e6
+"""Voxels up to which the peer package is timed as a whole; beyond, from a few steps."""
+FEW = 3
+"""Steps of a sample."""
+
+Field = NDArray[np.float32]
+Times = dict[str, list[float]]
+
+
+def interleaved(cases: dict[str, Callable[[], object]], repeats: int) -> Times:
+    """Seconds of every case, `repeats` times in turn."""
+    times: Times = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+@njit(nogil=True)  # type: ignore[misc]
+def _in_place(field: Any, weight: Any) -> None:
+    for i in range(field.size):
+        field[i] = field[i] * weight
+
+
+def in_place_voxels_per_second(voxels: int = 1 << 26) -> float:
+    """The limit of one thread: voxels read and written in place."""
+    field = np.ones(voxels, np.float32)
+    _in_place(field[:16], np.float32(1))
+    times = interleaved({"": lambda: _in_place(field, np.float32(1))}, 5)[""]
+    return voxels / min(times)
+
+
+def engine_steps(engine: Engine, field: Field, sigma: float, count: int) -> Callable[[], object]:
+    """`count` steps as a run at the default `rtol` takes them."""
+    kernel = smoothing_kernel("discrete", sigma)
+    level = pyramid_level(kernel) if engine.has_pyramid else 0
+    ndim = field.ndim
+    what = Diffusion(
+        Steps(count, (kernel,) * ndim),
+        "constrained",
+        (("reflect", "reflect"),) * ndim,
+        levels=(level,) * ndim,
+        phase=(0,) * ndim,
+    )
+    return lambda: engine.diffuse(field.copy(), what)
+
+
+def map_overlap_step(field: Field, sigma: float) -> Callable[[], object]:
+    """One step as a user would write it himself with Dask and SciPy."""
+    import dask.array as da
+    from scipy.ndimage import gaussian_filter
+
+    radius = int(4 * sigma + 0.5)
+    chunks = tuple(max(radius, -(-n // 2)) for n in field.shape)
+
+    def step(block: Field) -> Field:
+        return np.minimum(block, gaussian_filter(block, sigma, mode="reflect"))
+
+    lazy = da.from_array(field, chunks).map_overlap(step, depth=radius, boundary="reflect")
+    return lambda: lazy.compute(scheduler="threads")
+
+
+def step_figures(engine: Engine, field: Field, repeats: int, limit: float) -> list[dict[str, Any]]:
+    """Voxel-steps per second of one engine, on one and on all threads, for each sigma."""
+    few, many, rows = 4, 24, []
+    for sigma in SIGMAS:
+        if sigma > min(field.shape) / 8:
+            continue
+        before = engine.limit_threads(1)
+        cases: dict[str, Callable[[], object]] = {}
+        for threads in (1, before) if before > 1 else (1,):
+            for count in (few, many):
+
+                def run(threads: int = threads, count: int = count) -> None:
+                    engine.limit_threads(threads)
+                    engine_steps(engine, field, sigma, count)()  # noqa: B023
+
+                cases[f"{threads} {count}"] = run
+        compile_seconds = interleaved({"first": cases[f"1 {few}"]}, 1)["first"][0]
+        cases["overlap"] = map_overlap_step(field, sigma)
+        times = interleaved(cases, repeats)
+        engine.limit_threads(before)
+
+        # what is done once per call is not a step's: the difference of many and few
+        def speeds(threads: int, times: Times = times) -> list[float]:
+            pairs = zip(times[f"{threads} {many}"], times[f"{threads} {few}"], strict=True)
+            return [field.size * (many - few) / max(a - b, 1e-9) for a, b in pairs]
+
+        one, both = statistics.median(speeds(1)), statistics.median(speeds(max(before, 1)))
+        rows.append(
+            {
+                "engine": f"{engine.name} on {engine.device}",
+                "sigma": sigma,
+                "voxel_steps_per_second": one,
+                "spread": [min(speeds(1)), max(speeds(1))],
+                "of_in_place": one / limit,
+                "threads": before,
+                "all_threads": both,
+                "map_overlap": field.size / statistics.median(times["overlap"]),
+                "first_call_seconds": compile_seconds,
+            }
+        )
+    return rows
+
+
+def peer_seconds(field: Field, options: dict[str, Any], whole: bool) -> float:
+    """Seconds that constrained-diffusion takes, or would take by a few steps of each sigma."""
+    from constrained_diffusion import constrained_diffusion_decomposition as theirs
+
+    def timed(**more: Any) -> float:
+        start = time.perf_counter()
+        theirs(field, **more, verbose=False)
+        return time.perf_counter() - start
+
+    if whole:
+        return timed(**options)
+    parameters = Parameters()
+    steps = channel_steps(parameters, scale_edges(parameters, field.shape), field.ndim)
+    total = 0.0
+    for part in steps:
+        # the first of its channels ends at `scale` after FEW steps of this sigma
+        scale = part.kernels[0].sigma * FEW**0.5
+        sample = {"min_scale": scale, "max_scale": 1.5 * scale, "num_channels": 1}
+        total += timed(**sample, e_rel=1 / FEW, up_sample=False) / FEW * part.count
+    return total
+
+
+PROGRAM = """
+import json, resource, sys, time
+import numpy as np
+field = np.load(sys.argv[1])
+options = json.loads(sys.argv[2])
+import cdd_dask
+def timed(field):
+    start = time.perf_counter()
+    cdd_dask.decompose(field, progress=False, **options)
+    return time.perf_counter() - start
+small = field[(slice(16),) * field.ndim].copy()
+timed(small)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+first, second = timed(field), timed(field)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"first": first, "second": second, "kilobytes": peak - before}))
+"""
+
+
+def in_fresh_process(field: Field, options: dict[str, Any]) -> dict[str, float]:
+    """Time of a process's first and second decomposition, and the memory they take."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/field.npy", field)
+        text = subprocess.run(
+            [sys.executable, "-c", PROGRAM, f"{folder}/field.npy", json.dumps(options)],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    figures: dict[str, float] = json.loads(text.splitlines()[-1])
+    return figures
+
+
+def decomposition_figures(
+    field: Field, engine: str, upsample: int, peer: bool, repeats: int
+) -> dict[str, Any]:
+    """Seconds of whole decompositions, in memory and to disk, beside the peer package."""
+    import cdd_dask
+
+    options: dict[str, Any] = {"engine": engine, "upsample": upsample}
+    start = time.perf_counter()
+    cdd_dask.decompose(field, progress=False, **options)
+    first = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = iter(range(repeats))
+        cases: dict[str, Callable[[], object]] = {
+            "in memory": lambda: cdd_dask.decompose(field, progress=False, **options),
+            "to disk": lambda: cdd_dask.decompose(
+                field, out=f"{folder}/{next(numbers)}.zarr", progress=False, **options
+            ),
+        }
+        figures: dict[str, Any] = {"seconds_with_compiling": first}
+        if peer:
+            theirs = {"up_sample": upsample > 1}
+            whole = field.size <= LONGEST_PEER or upsample > 1
+            once: list[float] = []
+            cases["peer"] = lambda: once.append(peer_seconds(field, theirs, whole))
+            figures["peer_extrapolated"] = not whole
+            times = interleaved(cases, min(repeats, 2))
+            times["peer"] = once
+        else:
+            times = interleaved(cases, repeats)
+    figures |= {name: summary(values) for name, values in times.items()}
+    if peer:
+        figures["times_faster"] = figures["peer"]["median"] / figures["in memory"]["median"]
+    fresh = in_fresh_process(field, options)
+    figures["start_up_seconds"] = fresh["first"] - fresh["second"]
+    figures["peak_megabytes"] = fresh["kilobytes"] / 1000
+    return figures
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, default=128, help="voxels along each axis")
+    parser.add_argument("--ndim", type=int, default=3, help="number of axes")
+    parser.add_argument("--engine", default="cpu", help="engine of the decomposition")
+    parser.add_argument("--upsample", type=int, default=1, help="as decompose takes it")
+    parser.add_argument("--peer", action="store_true", help="time constrained-diffusion, too")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=("steps", "decomposition"), help="leave the other out")
+    parser.add_argument("--json", help="file to write all figures to")
+    chosen = parser.parse_args()
+    if chosen.peer and not find_spec("constrained_diffusion"):
+        parser.error("--peer needs the package: pip install constrained-diffusion==1.2.5")
+
+    field = lognormal_turbulence((chosen.size,) * chosen.ndim)
+    limit = in_place_voxels_per_second()
+    figures: dict[str, Any] = {
+        "shape": field.shape,
+        "cores": len(os.sched_getaffinity(0)),
+        "in_place_voxels_per_second": limit,
+    }
+    print(f"{' × '.join(map(str, field.shape))} float32, {figures['cores']} cores")
+    print(f"in place, one thread: {limit / 1e6:.0f} million voxels/s ({limit * 8 / 1e9:.1f} GB/s)")
+    if chosen.only != "decomposition":
+        engines = [load_engine(chosen.engine)]
+        if find_spec("torch"):
+            import torch
+
+            if torch.cuda.is_available():
+                engines.append(load_engine("torch", "cuda"))
+        figures["steps"] = []
+        print("\nmillion voxel-steps per second")
+        print("| engine | sigma | one thread | of in place | all threads | map_overlap + SciPy |")
+        print("|---|---|---|---|---|---|")
+        for engine in engines:
+            for row in step_figures(engine, field, chosen.repeats, limit):
+                figures["steps"].append(row)
+                low, high = (value / 1e6 for value in row["spread"])
+                print(
+                    f"| {row['engine']} | {row['sigma']:g} "
+                    f"| {row['voxel_steps_per_second'] / 1e6:.0f} ({low:.0f} to {high:.0f}) "
+                    f"| {row['of_in_place']:.3f} | {row['all_threads'] / 1e6:.0f} "
+                    f"| {row['map_overlap'] / 1e6:.1f} |"
+                )
+    if chosen.only != "steps":
+        found = decomposition_figures(
+            field, chosen.engine, chosen.upsample, chosen.peer, chosen.repeats
+        )
+        figures["decomposition"] = found
+        print("\n| decomposition | seconds |\n|---|---|")
+        for name in ("in memory", "to disk", "peer"):
+            if name in found:
+                what = f"{name}, extrapolated" if found.get(f"{name}_extrapolated") else name
+                value = found[name]
+                print(
+                    f"| {what} | {value['median']:.2f} "
+                    f"({value['least']:.2f} to {value['most']:.2f}) |"
+                )
+        print(f"| the first call here, with compiling | {found['seconds_with_compiling']:.2f} |")
+        print(f"| a fresh process's first call over its second | {found['start_up_seconds']:.2f} |")
+        print(f"\npeak memory: {found['peak_megabytes']:.0f} MB", end="")
+        print(f" ({found['peak_megabytes'] * 1e6 / field.nbytes:.1f} times the field)")
+        if chosen.peer:
+            print(f"{found['times_faster']:.0f} times as fast as constrained-diffusion")
+    if chosen.json:
+        with open(chosen.json, "w") as file:
+            json.dump(figures, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
