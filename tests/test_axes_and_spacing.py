@@ -26,7 +26,11 @@ QUICK: dict[str, Any] = {"max_scale": 4, "e_rel": 0.2}
 
 @pytest.mark.parametrize("axes", [(1, 2), (2, 1), (-1, -2), (0,), 1, (0, 2)])
 def test_every_slice_by_itself(axes: Any, lognormal: Any, outputs: Any):
-    """The channels of each slice are those of that slice alone."""
+    """The channels of each slice are those of that slice alone.
+
+    To the bit, unless another axis lies between: an engine may then smooth along them in another
+    order, and rounds otherwise.
+    """
     field = lognormal((7, 24, 20), seed=3)
     numbers = {a % 3 for a in ((axes,) if isinstance(axes, int) else axes)}
     others = [a for a in range(3) if a not in numbers]
@@ -36,7 +40,11 @@ def test_every_slice_by_itself(axes: Any, lognormal: Any, outputs: Any):
         for a, i in zip(others, place, strict=True):
             where[a] = i
         alone = outputs(np.ascontiguousarray(field[tuple(where)]), **QUICK)
-        assert np.array_equal(ours[(slice(None), *where)], alone)
+        mine = ours[(slice(None), *where)]
+        if numbers == {0, 2}:
+            assert np.abs(mine - alone).max() <= 1e-6 * field.max()
+        else:
+            assert np.array_equal(mine, alone)
 
 
 @settings(max_examples=20)
