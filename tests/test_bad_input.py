@@ -192,7 +192,10 @@ def test_a_source_that_is_damaged_inside(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"engine": "magic"}, r"engine='magic' is unknown: choose one of auto, reference, cpu, torch"),
+        (
+            {"engine": "magic"},
+            r"engine='magic' is unknown: choose one of auto, reference, cpu, torch",
+        ),
         ({"executor": "magic"}, r"executor='magic' is unknown: choose one of auto, serial"),
         ({"memory": "lots"}, r"memory='lots' is no amount of bytes: write 500000000"),
         ({"memory": 0}, r"memory=0 must be more than 0"),
