@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -259,3 +260,25 @@ def test_eight_tasks_at_once(engine: Engine):
     finally:
         engine.limit_threads(before)
     assert all(map(np.array_equal, together, alone * 3))
+
+
+@pytest.mark.parametrize("rule", [*BOUNDARIES, CUT])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_steps_in_one_visit(engine: Engine, threads: int, rule: str):
+    """The same bits as one step after the other, for each constraint, with blanks and without."""
+    field = positive((90, 75, 33), np.float32)
+    blanks = field.copy()
+    blanks[20:24, 30, 3:9] = np.nan
+    before = engine.limit_threads(threads)
+    try:
+        for sigma, constraint in itertools.product((0.2, 0.9), CONSTRAINTS):
+            what = diffusion(3, sigma, 7, constraint, rule, 0.5)
+            one = replace(what, steps=replace(what.steps, count=1))
+            for start in (field, blanks):
+                expected = start.copy()
+                for _ in range(7):
+                    expected = engine.diffuse(expected, one)
+                result = engine.diffuse(start.copy(), what)
+                assert np.array_equal(result, expected, equal_nan=True), (sigma, constraint)
+    finally:
+        engine.limit_threads(before)

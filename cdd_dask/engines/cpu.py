@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdd_dask.engines import fused, separable, team
+from cdd_dask.engines import separable, team
 from cdd_dask.engines.base import Diffusion, Engine, Footprint
 from cdd_dask.engines.rows import RULES
 from cdd_dask.engines.smoothers import Axis, Means, Share, smoother_of
@@ -17,8 +17,8 @@ from cdd_dask.kernels import IDENTITY
 class CpuEngine(Engine):
     """Diffuses on the CPU, in the field's own dtype, on as many threads as it is allowed.
 
-    A step reads and writes the field once: all axes are smoothed and the constraint applied while
-    a tile is in the cache. Wide kernels run on a coarser grid where `Diffusion.levels` says so, so
+    All axes are smoothed and the constraint applied while a tile is in the cache, and in 3-D several
+    steps are taken before it leaves. Wide kernels run on a coarser grid where `Diffusion.levels` says so, so
     that a step costs the same at every scale.
 
     1-D to 3-D fields, float64, other kernels along other axes, every constraint and boundary run
@@ -76,11 +76,7 @@ def _diffuse(field: NDArray[Any], axes: list[Axis], diffusion: Diffusion) -> NDA
         if scale != 1:
             values *= scale
         smoother = smoother_of(axes, Means(field.dtype, working, diffusion.cval * scale, threads))
-        rule = RULES[diffusion.constraint]
-        other = values if smoother.in_place else fused.aligned(values.size, values.dtype)
-        for _ in range(diffusion.steps.count):
-            smoother.move(values, other, share, rule)
-            values, other = other, values
+        values = smoother.run(values, share, RULES[diffusion.constraint], diffusion.steps.count)
     if scale != 1:
         values /= scale
     if blank is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,14 @@ from cdd_dask.engines.team import Team
 from cdd_dask.kernels import IDENTITY, Kernel
 from cdd_dask.pyramid import can_extend_cells, coarse_kernel, margin
 
+AT_ONCE = 4
+"""Steps that a part of the field takes while it is in the cache."""
+DEEP = 32
+"""Planes of such a part, at radii of which `fused.BATCH` is the largest; twice as many beyond."""
+IN_FLIGHT = 2_000_000
+"""Bytes of such a part, to stay in the cache."""
+Region = tuple[int, int, int, int]
+"""Planes and rows to compute, ``(z0, z1, y0, y1)``."""
 CHUNK = 64
 """Planes that are computed before the next tile: its neighbours find their rows in the cache."""
 Share = NDArray[Any] | tuple[()]
@@ -45,14 +55,23 @@ class Means:
     team: Team
 
 
-class Smoother(Protocol):
+class Smoother(ABC):
     """Takes steps of one block."""
 
     in_place: bool
     """Whether `move` may write where it reads."""
 
+    @abstractmethod
     def move(self, field: NDArray[Any], out: NDArray[Any], share: Share, rule: Any) -> None:
         """One step of the flat `field`, written to `out`."""
+
+    def run(self, field: NDArray[Any], share: Share, rule: Any, count: int) -> NDArray[Any]:
+        """The flat `field` after `count` steps; it is overwritten."""
+        other = field if self.in_place else fused.aligned(field.size, field.dtype)
+        for _ in range(count):
+            self.move(field, other, share, rule)
+            field, other = other, field
+        return field
 
 
 def smoother_of(axes: list[Axis], means: Means) -> Smoother:
@@ -87,7 +106,7 @@ def _extended(axis: Axis, before: int, after: int) -> NDArray[np.intp]:
     )
 
 
-class _Fused:
+class _Fused(Smoother):
     """All axes in one visit; radii up to `fused.LARGEST_RADIUS`."""
 
     in_place = False
@@ -104,29 +123,93 @@ class _Fused:
         self._cval, self._team = means.working.type(means.cval), means.team
         arrays = len(self._weights[0]), means.field, means.working, means.cval
         self._scratch = [(fused.scratch_arrays(*arrays),) for _ in range(means.team.size)]
+        nz, ny, nx = self._shape
+        self._slope = -(-radius // fused.BATCH) * fused.BATCH
+        self._deep = DEEP if radius <= fused.BATCH else 2 * DEEP
+        rows = IN_FLIGHT // ((self._deep + 2 * self._slope) * nx * 2 * means.field.itemsize)
+        self._high = max(fused.TILE_ROWS, rows // fused.TILE_ROWS * fused.TILE_ROWS)
+        # a step that recedes must not need what lies at the other end
+        recedes = arrays[0] and min(nz, ny) > 4 * radius and "wrap" not in axes[0].rules
+        if "wrap" in axes[1].rules:
+            self._high = ny + AT_ONCE * self._slope
+        self._at_once = AT_ONCE if recedes else 1
 
     def move(self, field: NDArray[Any], out: NDArray[Any], share: Share, rule: Any) -> None:
-        def work(region: tuple[int, ...], scratch: Any) -> None:
+        def work(region: Region, scratch: Any) -> None:
             z0, z1, y0, y1 = region
             for z in range(z0, z1, CHUNK):
-                part = (z, min(z + CHUNK, z1), y0, y1)
-                fused.step(
-                    field,
-                    out,
-                    share,
-                    self._shape,
-                    part,
-                    self._index,
-                    self._weights,
-                    rule,
-                    self._cval,
-                    scratch,
-                )
+                self._step(field, out, share, rule, (z, min(z + CHUNK, z1), y0, y1), scratch)
 
         self._team.share(work, self._shape, self._scratch)
 
+    def run(self, field: NDArray[Any], share: Share, rule: Any, count: int) -> NDArray[Any]:
+        other = fused.aligned(field.size, field.dtype)
+        done = 0
+        while done < count:
+            steps = min(self._at_once, count - done)
+            if steps > 1:
+                self._visit((field, other), share, rule, steps)
+            else:
+                self.move(field, other, share, rule)
+            if steps % 2:
+                field, other = other, field
+            done += steps
+        return field
 
-class _Separable:
+    def _visit(self, fields: tuple[NDArray[Any], ...], share: Share, rule: Any, steps: int) -> None:
+        """Several steps in one visit of memory.
+
+        A chunk takes all `steps` before the next one, each of them `slope` planes and rows further
+        back: what it reads is there, and what it overwrites nobody needs any more. Threads take
+        parts that recede from each other likewise, and at last fill the gaps::
+
+            step 2   |   part 0   /\\   part 1   |
+            step 1   |           /  \\           |
+            step 0   |          /gap \\          |
+        """
+        nz, ny, _ = self._shape
+        ends = self._team.borders(nz, 2 * steps * self._slope)
+        back = [step * self._slope for step in range(steps)]
+
+        def take(step: int, z: tuple[int, int], y: tuple[int, int], scratch: Any) -> None:
+            if z[0] < z[1] and y[0] < y[1]:
+                field, out = fields[step % 2], fields[(step + 1) % 2]
+                self._step(field, out, share, rule, (*z, *y), scratch)
+
+        def part(start: int, stop: int, scratch: Any) -> None:
+            for z in range(start, stop + back[-1], self._deep):
+                for y in range(0, ny + back[-1], self._high):
+                    for step, behind in enumerate(back):
+                        low = start + behind if start else 0
+                        high = stop - behind if stop < nz else nz
+                        take(
+                            step,
+                            (max(low, z - behind), min(high, z + self._deep - behind)),
+                            (max(0, y - behind), min(ny, y + self._high - behind)),
+                            scratch,
+                        )
+
+        def gap(border: int, scratch: Any) -> None:
+            for step, behind in enumerate(back):
+                take(step, (border - behind, border + behind), (0, ny), scratch)
+
+        self._team.run(part, [*pairwise(ends)], self._scratch)
+        self._team.run(gap, [(end,) for end in ends[1:-1]], self._scratch)
+
+    def _step(
+        self,
+        field: NDArray[Any],
+        out: NDArray[Any],
+        share: Share,
+        rule: Any,
+        region: Region,
+        scratch: Any,
+    ) -> None:
+        shape, index, weights = self._shape, self._index, self._weights
+        fused.step(field, out, share, shape, region, index, weights, rule, self._cval, scratch)
+
+
+class _Separable(Smoother):
     """One axis after the other; any number of them, any radius."""
 
     in_place = True
@@ -162,7 +245,7 @@ class _Separable:
         self._team.share(work, (shape[0], shape[2]), scratch)
 
 
-class Pyramid:
+class Pyramid(Smoother):
     """Down to cells, a small kernel there, and back."""
 
     in_place = True

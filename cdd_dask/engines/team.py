@@ -49,17 +49,30 @@ class Team:
         regions = [
             (a, b, 0, rows) if along_z else (0, planes, a, b) for a, b in pairwise(ends) if b > a
         ]
-        if self._pool is None or len(regions) == 1:
-            for region in regions:
-                work(region, *args[0])
-        else:
-            futures = [
-                self._pool.submit(work, region, *own)
-                for region, own in zip(regions[1:], args[1:], strict=False)
-            ]
-            work(regions[0], *args[0])
-            for future in futures:
-                future.result()
+        self.run(work, [(region,) for region in regions], args)
+
+    def run(
+        self,
+        work: Callable[..., Any],
+        parts: list[tuple[Any, ...]],
+        args: list[tuple[Any, ...]],
+    ) -> None:
+        """Call ``work(*part, *args)`` for every part, no more of them than there are threads."""
+        if self._pool is None or len(parts) < 2:
+            for part in parts:
+                work(*part, *args[0])
+            return
+        futures = [
+            self._pool.submit(work, *part, *own)
+            for part, own in zip(parts[1:], args[1:], strict=False)
+        ]
+        work(*parts[0], *args[0])
+        for future in futures:
+            future.result()
+
+    def borders(self, total: int, least: int) -> list[int]:
+        """Borders of nearly equal parts of an axis, one per thread, none shorter than `least`."""
+        return _even(total, max(1, min(self.size, total // max(least, 1))))
 
 
 def _even(total: int, parts: int) -> list[int]:
