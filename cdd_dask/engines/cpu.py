@@ -17,9 +17,9 @@ from cdd_dask.kernels import IDENTITY
 class CpuEngine(Engine):
     """Diffuses on the CPU, in the field's own dtype, on as many threads as it is allowed.
 
-    All axes are smoothed and the constraint applied while a tile is in the cache, and in 3-D several
-    steps are taken before it leaves. Wide kernels run on a coarser grid where `Diffusion.levels` says so, so
-    that a step costs the same at every scale.
+    All axes are smoothed and the constraint applied while a tile is in the cache, and in 3-D
+    several steps are taken before it leaves. Wide kernels run on a coarser grid where
+    `Diffusion.levels` says so, so that a step costs the same at every scale.
 
     1-D to 3-D fields, float64, other kernels along other axes, every constraint and boundary run
     like this; so do blank voxels, which take float64 on the way. Four decomposed axes, and radii
