@@ -28,7 +28,7 @@ from cdd_dask.time_stepping import Steps
 SMALLEST_RTOL = 1e-4
 """Below it full kernels are asked for."""
 SMALLEST_RTOL_AT_STEEP_FACES = 1e-2
-"""The same where the field is far from what lies beyond ``constant`` faces."""
+"""The same where the field stays away from what lies beyond ``constant`` faces."""
 SMALLEST_VARIANCE = 1.2
 """Variance, in cells, that must be left for the small kernel; its square root is 1.1 cells."""
 MOST_AXES = 3
@@ -40,9 +40,9 @@ REACH_OF_CASCADE = 4
 def coarse_levels(parameters: Parameters, steps: Steps) -> tuple[int, ...]:
     """How often `steps` may halve the grid along each axis, for the error that `rtol` allows.
 
-    A channel differs by up to 2e-4 of its L2 norm from that of full kernels, and by 1e-3 if
-    inverted. At ``constant`` faces it is 4e-3 if the field stays away from `cval`, as it does where
-    that is not 0 or the rule is inverted.
+    A channel differs by up to 2e-4 of its L2 norm from that of full kernels, by 1e-3 if inverted,
+    and by 4e-3 at ``constant`` faces whose `cval` is not 0. Inverted fields at ``constant`` faces
+    are fed by the steepest gradients there are, and take full kernels.
 
     Examples
     --------
@@ -53,9 +53,12 @@ def coarse_levels(parameters: Parameters, steps: Steps) -> tuple[int, ...]:
     >>> coarse_levels(Parameters(rtol=1e-5), channels[2])
     (0, 0)
     """
-    steep = parameters.cval != 0 or parameters.constraint == "inverted"
-    at_faces = parameters.boundary == "constant" and steep
-    needed = SMALLEST_RTOL_AT_STEEP_FACES if at_faces else SMALLEST_RTOL
+    needed = SMALLEST_RTOL
+    if parameters.boundary == "constant":
+        if parameters.constraint == "inverted":
+            needed = math.inf
+        elif parameters.cval != 0:
+            needed = SMALLEST_RTOL_AT_STEEP_FACES
     if parameters.rtol < needed or len(steps.axes) > MOST_AXES:
         return (0,) * len(steps.kernels)
     return tuple(map(pyramid_level, steps.kernels))

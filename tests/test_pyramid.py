@@ -105,7 +105,7 @@ def test_rtol_decides():
         ({"rtol": 0.0}, (0, 0)),
         ({"boundary": "constant"}, (2, 2)),
         ({"boundary": "constant", "cval": 1.0}, (0, 0)),
-        ({"boundary": "constant", "inverted": True}, (0, 0)),
+        ({"boundary": "constant", "inverted": True, "rtol": 1.0}, (0, 0)),
         ({"boundary": "constant", "cval": 1.0, "rtol": 1e-2}, (2, 2)),
     ):
         assert coarse_levels(Parameters(**options), wide) == levels, options

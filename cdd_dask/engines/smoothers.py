@@ -18,11 +18,11 @@ from cdd_dask.engines.team import Team
 from cdd_dask.kernels import IDENTITY, Kernel
 from cdd_dask.pyramid import can_extend_cells, coarse_kernel, margin
 
-AT_ONCE = 4
-"""Steps that a part of the field takes while it is in the cache."""
-DEEP = 32
-"""Planes of such a part, at radii of which `fused.BATCH` is the largest; twice as many beyond."""
-IN_FLIGHT = 2_000_000
+AT_ONCE = 8
+"""Steps that a part of the field takes while it is in the cache; fewer where it recedes faster."""
+DEEP = 16
+"""Planes of such a part, in those that it recedes by each step."""
+IN_FLIGHT = 4_000_000
 """Bytes of such a part, to stay in the cache."""
 Region = tuple[int, int, int, int]
 """Planes and rows to compute, ``(z0, z1, y0, y1)``."""
@@ -125,14 +125,16 @@ class _Fused(Smoother):
         self._scratch = [(fused.scratch_arrays(*arrays),) for _ in range(means.team.size)]
         nz, ny, nx = self._shape
         self._slope = -(-radius // fused.BATCH) * fused.BATCH
-        self._deep = DEEP if radius <= fused.BATCH else 2 * DEEP
+        self._deep = max(1, DEEP * self._slope)
         rows = IN_FLIGHT // ((self._deep + 2 * self._slope) * nx * 2 * means.field.itemsize)
         self._high = max(fused.TILE_ROWS, rows // fused.TILE_ROWS * fused.TILE_ROWS)
         # a step that recedes must not need what lies at the other end
         recedes = arrays[0] and min(nz, ny) > 4 * radius and "wrap" not in axes[0].rules
         if "wrap" in axes[1].rules:
             self._high = ny + AT_ONCE * self._slope
-        self._at_once = AT_ONCE if recedes else 1
+        fastest = AT_ONCE * fused.BATCH // max(1, self._slope)
+        room = nz // (2 * max(1, self._slope) * means.team.size)  # for a part per thread
+        self._at_once = max(1, min(fastest, room)) if recedes else 1
 
     def move(self, field: NDArray[Any], out: NDArray[Any], share: Share, rule: Any) -> None:
         def work(region: Region, scratch: Any) -> None:
