@@ -39,7 +39,9 @@ def test_a_volume_of_8_budgets(workers: str):
     result = measure(512, "64MB", ["--e-rel", "0.5", "--max-scale", "2", "--workers", workers])
     assert result["volume"] >= 8 * result["budget"]
     assert result["measured"] <= result["budget"]
-    assert 0.5 <= result["measured"] / result["projected"] <= 1.0
+    # a block is diffused within a few milliseconds, about as long as looking at a process takes:
+    # samples may miss the highest peak
+    assert 0.3 <= result["measured"] / result["projected"] <= 1.0
 
 
 def test_default_budget_is_half_of_what_is_free():
