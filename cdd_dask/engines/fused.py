@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdd_dask.engines.rows import (
-    address,
-    compiled,
-    moved,
-    row_at,
-    row_of,
-    smoothed,
-    smoothed_along,
-    store,
+from cdd_dask.engines.rows import address, compiled, row_of
+from cdd_dask.engines.vectors import (
+    BATCH,
+    LINE,
+    move_across,
+    move_along,
+    smooth_across,
+    smooth_along,
 )
 
-BATCH = 4
-"""Rows (or planes) that are smoothed at once, so that each is loaded from memory less often."""
 TILE_ROWS = 32
 """Most rows of a tile, a multiple of `BATCH`."""
 TILE_WIDTH = 512
@@ -35,8 +32,6 @@ ROW = TILE_WIDTH + 4 * MARGIN
 """Distance of rows in a tile, in voxels."""
 PLANE = TILE_ROWS * ROW + 16
 """Distance of planes in a tile; no multiple of a page, or their rows would share cache lines."""
-LINE = 64
-"""Bytes of a cache line."""
 CACHE = 400_000
 """Bytes that a tile's smoothed planes may take, to stay in the second-level cache."""
 
@@ -61,51 +56,45 @@ def aligned(size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 @compiled
-def _smooth_across(field, sources, target, targets, weights, width):  # type: ignore[no-untyped-def]
+def _smooth_across(field, sources, ahead, work, targets, weights, width):  # type: ignore[no-untyped-def]
     """`BATCH` neighbouring rows, each smoothed across the rows of `sources`."""
-    for x in range(width):
-        a = smoothed(target, field, sources, 0, weights, x)
-        b = smoothed(target, field, sources, 1, weights, x)
-        c = smoothed(target, field, sources, 2, weights, x)
-        d = smoothed(target, field, sources, 3, weights, x)
-        store(target, row_at(targets, 0), x, a)
-        store(target, row_at(targets, 1), x, b)
-        store(target, row_at(targets, 2), x, c)
-        store(target, row_at(targets, 3), x, d)
+    lanes = LINE // work.itemsize
+    whole = width // lanes * lanes
+    for x in range(0, whole, lanes):
+        smooth_across(field, sources, ahead, work, targets, weights, x, ())
+    if whole < width:
+        smooth_across(field, sources, ahead, work, targets, weights, whole, width - whole)
 
 
 @compiled
-def _smooth_along(row, source, target, weights, width):  # type: ignore[no-untyped-def]
-    for x in range(width):
-        store(row, target, x, smoothed_along(row, source, weights, x))
+def _smooth_along(work, row, target, weights, width):  # type: ignore[no-untyped-def]
+    """`BATCH` rows, `ROW` apart, each smoothed along itself."""
+    for b in range(BATCH):
+        by = np.uintp(b * ROW * work.itemsize)
+        for x in range(0, width, LINE // work.itemsize):
+            smooth_along(work, row + by, target + by, weights, x)
 
 
 @compiled
 def _move_along(row, source, field, out, places, share, weights, rule, width):  # type: ignore[no-untyped-def]
-    """As `_smooth_along`, and the field's row moved to the result."""
-    old, new, part = places
-    for x in range(width):
-        smooth = smoothed_along(row, source, weights, x)
-        store(out, new, x, moved(rule, share, field, old, part, x, smooth))
+    """One row, smoothed along itself, and the field's moved to it."""
+    lanes = LINE // row.itemsize
+    whole = width // lanes * lanes
+    for x in range(0, whole, lanes):
+        move_along(row, source, field, out, places, share, weights, rule, x, ())
+    if whole < width:
+        move_along(row, source, field, out, places, share, weights, rule, whole, width - whole)
 
 
 @compiled
 def _move_across(planes, sources, field, out, tables, share, weights, rule, width):  # type: ignore[no-untyped-def]
     """As `_smooth_across`, and the field's rows moved to the results."""
-    targets, centres, shares = tables
-    for x in range(width):
-        a = smoothed(planes, planes, sources, 0, weights, x)
-        b = smoothed(planes, planes, sources, 1, weights, x)
-        c = smoothed(planes, planes, sources, 2, weights, x)
-        d = smoothed(planes, planes, sources, 3, weights, x)
-        a = moved(rule, share, field, row_at(centres, 0), row_at(shares, 0), x, a)
-        b = moved(rule, share, field, row_at(centres, 1), row_at(shares, 1), x, b)
-        c = moved(rule, share, field, row_at(centres, 2), row_at(shares, 2), x, c)
-        d = moved(rule, share, field, row_at(centres, 3), row_at(shares, 3), x, d)
-        store(out, row_at(targets, 0), x, a)
-        store(out, row_at(targets, 1), x, b)
-        store(out, row_at(targets, 2), x, c)
-        store(out, row_at(targets, 3), x, d)
+    lanes = LINE // planes.itemsize
+    whole = width // lanes * lanes
+    for x in range(0, whole, lanes):
+        move_across(planes, sources, field, out, tables, share, weights, rule, x, ())
+    if whole < width:
+        move_across(planes, sources, field, out, tables, share, weights, rule, whole, width - whole)
 
 
 @compiled
@@ -115,18 +104,22 @@ def _fill(rows, start, stop, value):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _extend(rows, origin, left, width, xi, weights, begin, end, length, cval):  # type: ignore[no-untyped-def]
-    """Put what lies beyond the field's ends beside the row that begins at ``rows[origin]``."""
-    radius = len(weights)
-    for i in range(radius):
-        x = i - radius
-        k = xi[left + i]
-        if left + x < 0 and k < end:
-            rows[np.uintp(origin + x)] = cval if k < 0 else rows[np.uintp(origin + k - left)]
-        x = width + i
-        k = xi[left + x + radius]
-        if left + x >= length and (k < 0 or k >= begin):
-            rows[np.uintp(origin + x)] = cval if k < 0 else rows[np.uintp(origin + k - left)]
+def _extend(rows, place, index, first, count, left, begin, end, cval):  # type: ignore[no-untyped-def]
+    """Put what lies beyond an end of the field into `BATCH` rows, from `place` on.
+
+    It comes from the voxels ``index[first:]``; the rows hold those from `begin` to `end`, voxel
+    `left` at place 0. What they do not hold, where the field wraps around, is left to `_wrap`.
+    """
+    for i in range(count):
+        k = index[first + i]
+        target = MARGIN + place + i
+        if k < 0:
+            for b in range(BATCH):
+                rows[np.uintp(b * ROW + target)] = cval
+        elif begin <= k < end:
+            source = MARGIN + k - left
+            for b in range(BATCH):
+                rows[np.uintp(b * ROW + target)] = rows[np.uintp(b * ROW + source)]
 
 
 @compiled
@@ -137,7 +130,7 @@ def _wrap(field, sources, rows, targets, weights, by, place, width):  # type: ig
         sources[i] += np.uintp(by * field.itemsize)
     for b in range(BATCH):
         targets[b] = address(rows, b * ROW + place)
-    _smooth_across(field, sources, rows, targets, weights, width)
+    _smooth_across(field, sources, 0, rows, targets, weights, width)
     for i in range(count):
         sources[i] -= np.uintp(by * field.itemsize)
 
@@ -209,27 +202,26 @@ def step(field, out, share, shape, region, index, weights, rule, cval, scratch):
                                 sources[i] = address(field, (source * ny + k) * nx + begin)
                         for b in range(BATCH):
                             targets[b] = address(rows, b * ROW + MARGIN + begin - left)
-                        _smooth_across(field, sources, rows, targets, wy, end - begin)
+                        _smooth_across(field, sources, BATCH * nx, rows, targets, wy, end - begin)
                         if rx > 0 and left == 0 and xi[0] >= end:  # beyond is the other end
                             by = nx - rx - begin
                             _wrap(field, sources, rows, targets, wy, by, MARGIN - rx, rx)
                         if rx > 0 and left + width == nx and 0 <= xi[nx + rx] < begin:
                             _wrap(field, sources, rows, targets, wy, -begin, MARGIN + width, rx)
+                        if left == 0:
+                            _extend(rows, -rx, xi, 0, rx, left, begin, end, cval)
+                        if left + width == nx:
+                            _extend(rows, width, xi, nx + rx, rx, left, begin, end, cval)
+                        if rz > 0:
+                            target = address(planes, newest * PLANE + (y - top) * ROW)
+                            _smooth_along(rows, address(rows, MARGIN), target, wx, width)
+                            continue
                         for b in range(min(BATCH, bottom - y)):
-                            origin = b * ROW + MARGIN
-                            _extend(rows, origin, left, width, xi, wx, begin, end, nx, cval)
-                            if rz == 0:
-                                place = (plane * ny + y + b) * nx + left
-                                old, new = address(field, place), address(out, place)
-                                part = row_of(share, place, old)
-                                source_row = address(rows, origin)
-                                places = (old, new, part)
-                                _move_along(
-                                    rows, source_row, field, out, places, share, wx, rule, width
-                                )
-                            else:
-                                target = address(planes, newest * PLANE + (y - top + b) * ROW)
-                                _smooth_along(rows, address(rows, origin), target, wx, width)
+                            row = address(rows, b * ROW + MARGIN)
+                            place = (plane * ny + y + b) * nx + left
+                            old, new = address(field, place), address(out, place)
+                            places = (old, new, row_of(share, place, old))
+                            _move_along(rows, row, field, out, places, share, wx, rule, width)
                     plane += 1
                     newest = newest + 1 if newest + 1 < ring else 0
                     if rz == 0 and plane == z1:

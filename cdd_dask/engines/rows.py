@@ -6,8 +6,6 @@ loop along the row around it is left to the compiler, which makes vector instruc
 that it must know that a loop never reads what it wrote before. `load` and `store` promise that of
 the function in which they stand, which is why each such loop is a function of its own.
 
-Smoothing is written in differences, ``a + Σ w_j ((a_{-j} + a_{+j}) / 2 - a)`` with twice the
-weights, so that a constant field comes back to the bit and rounding does not wear others down.
 Where a product and a sum are rounded once is said, never left to the compiler: a voxel's bits must
 not depend on whether it lies in a vector or in what is left of a row.
 """
@@ -27,32 +25,45 @@ _WORD = ir.IntType(64)
 
 
 def _scope(builder: Any) -> Any:
-    """Metadata of what one function reads, which it never writes before it has read it."""
     module = builder.module
     domain = module.add_metadata(["cdd-dask"])
     return module.add_metadata([module.add_metadata([builder.function.name, domain])])
+
+
+def mark_read(builder: Any, instruction: Any) -> Any:
+    """Say that what one function reads it never writes before."""
+    instruction.set_metadata("alias.scope", _scope(builder))
+    return instruction
+
+
+def mark_written(builder: Any, instruction: Any) -> None:
+    """Say that what one function writes it never reads afterwards."""
+    instruction.set_metadata("noalias", _scope(builder))
+
+
+def constant(kind: Any, value: float) -> Any:
+    """A constant number, or a vector of it."""
+    many = isinstance(kind, ir.VectorType)
+    return ir.Constant(kind, [value] * kind.count if many else value)
+
+
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a b + c`` of numbers or vectors, rounded once."""
+    kind, module = a.type, builder.module
+    if not isinstance(kind, ir.VectorType):
+        return builder.fma(a, b, c)
+    name = f"llvm.fma.v{kind.count}{kind.element.intrinsic_name}"
+    function = module.globals.get(name) or ir.Function(
+        module, ir.FunctionType(kind, [kind] * 3), name
+    )
+    return builder.call(function, [a, b, c])
 
 
 def _read(context: Any, builder: Any, dtype: Any, row: Any, place: Any) -> Any:
     pointer = builder.inttoptr(row, context.get_value_type(dtype).as_pointer())
     value = builder.load(builder.gep(pointer, [place], inbounds=True))
     value.align = dtype.bitwidth // 8
-    value.set_metadata("alias.scope", _scope(builder))
-    return value
-
-
-def _sum_of_taps(builder: Any, weights: list[Any], value: Any) -> Any:
-    """``a + Σ w_j ((a_{-j} + a_{+j}) / 2 - a)``, from the outermost pair inwards."""
-    centre = value(0)
-    total = None
-    for distance in range(len(weights), 0, -1):
-        pair = builder.fadd(value(-distance), value(distance))
-        excess = builder.fma(ir.Constant(centre.type, 0.5), pair, builder.fneg(centre))
-        weight = weights[distance - 1]
-        total = (
-            builder.fmul(weight, excess) if total is None else builder.fma(weight, excess, total)
-        )
-    return centre if total is None else builder.fadd(centre, total)
+    return mark_read(builder, value)
 
 
 @intrinsic
@@ -77,67 +88,29 @@ def load(_: Any, like: Any, row: Any, place: Any) -> Any:
 
 
 @intrinsic
-def row_at(_: Any, rows: Any, index: Any) -> Any:
-    """Address that a table of rows holds."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = builder.ptrtoint(context.make_array(rows)(context, builder, args[0]).data, _WORD)
-        return _read(
-            context, builder, rows.dtype, base, context.cast(builder, args[1], index, types.intp)
-        )
-
-    return types.uintp(rows, index), generate
-
-
-@intrinsic
 def store(_: Any, like: Any, row: Any, place: Any, value: Any) -> Any:
     """Write a value to a place of a row of `like`'s type, which nothing in the loop reads."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[1], context.get_value_type(like.dtype).as_pointer())
         rounded = context.cast(builder, args[3], value, like.dtype)
-        written = builder.store(rounded, builder.gep(pointer, [args[2]], inbounds=True))
-        written.align = like.dtype.bitwidth // 8
-        written.set_metadata("noalias", _scope(builder))
+        stored = builder.store(rounded, builder.gep(pointer, [args[2]], inbounds=True))
+        stored.align = like.dtype.bitwidth // 8
+        mark_written(builder, stored)
         return context.get_dummy_value()
 
     return types.void(like, row, place, value), generate
 
 
-@intrinsic
-def smoothed(_: Any, work: Any, like: Any, rows: Any, first: Any, weights: Any, place: Any) -> Any:
-    """The smoothing, in `work`'s type, across rows whose addresses `rows` holds from `first` on."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        table = context.make_array(rows)(context, builder, args[2])
-        base = builder.ptrtoint(table.data, _WORD)
-        radius = len(weights)
-
-        def value(distance: int) -> Any:
-            index = builder.add(args[3], ir.Constant(_WORD, radius + distance))
-            row = _read(context, builder, rows.dtype, base, index)
-            read = _read(context, builder, like.dtype, row, args[5])
-            return context.cast(builder, read, like.dtype, work.dtype)
-
-        taps = [builder.extract_value(args[4], j) for j in range(radius)]
-        return _sum_of_taps(builder, taps, value)
-
-    return work.dtype(work, like, rows, first, weights, place), generate
-
-
-@intrinsic
-def smoothed_along(_: Any, like: Any, row: Any, weights: Any, place: Any) -> Any:
-    """The smoothing along a row of `like`'s type."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def value(distance: int) -> Any:
-            index = builder.add(args[3], ir.Constant(_WORD, distance))
-            return _read(context, builder, like.dtype, args[1], index)
-
-        taps = [builder.extract_value(args[2], j) for j in range(len(weights))]
-        return _sum_of_taps(builder, taps, value)
-
-    return like.dtype(like, row, weights, place), generate
+def moved_value(builder: Any, rule: Any, old: Any, smooth: Any) -> Any:
+    """A value, or a vector of them, moved to `smooth` as far as the rule lets it."""
+    towards = ("<", ">") if len(rule) == 1 else (">", "<")
+    zero = constant(old.type, 0.0)
+    positive, negative = (
+        builder.select(builder.fcmp_ordered(sense, smooth, old), smooth, old) for sense in towards
+    )
+    result = builder.select(builder.fcmp_ordered("<", old, zero), negative, old)
+    return builder.select(builder.fcmp_ordered(">", old, zero), positive, result)
 
 
 @intrinsic
@@ -159,13 +132,7 @@ def moved(
             return new
         new = context.cast(builder, new, smooth, field.dtype)
         old = _read(context, builder, field.dtype, args[3], args[5])
-        towards = ("<", ">") if len(rule) == 1 else (">", "<")
-        zero = ir.Constant(old.type, 0.0)
-        positive, negative = (
-            builder.select(builder.fcmp_ordered(sense, new, old), new, old) for sense in towards
-        )
-        result = builder.select(builder.fcmp_ordered("<", old, zero), negative, old)
-        return builder.select(builder.fcmp_ordered(">", old, zero), positive, result)
+        return moved_value(builder, rule, old, new)
 
     result = field.dtype if len(rule) else smooth
     return result(rule, share, field, centre, shares, place, smooth), generate

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-from cdd_dask.engines.fused import BATCH
+from cdd_dask.engines.vectors import BATCH
 
 SMALLEST_PART = 30_000
 """Voxels; fewer are not worth a thread of their own."""
