@@ -3,7 +3,8 @@
     python scripts/benchmark.py                                  # steps and a 128³ decomposition
     python scripts/benchmark.py --peer                           # beside constrained-diffusion
     python scripts/benchmark.py --peer --size 256                # whose time is extrapolated
-    python scripts/benchmark.py --size 1024 --ndim 2 --upsample 4 --json figures.json
+    python scripts/benchmark.py --size 512 --ndim 2 --upsample 4 --json figures.json
+    python scripts/benchmark.py --only block --size 512          # what a large block costs
 
 Everything is repeated and interleaved, and given as median and spread: machines differ and are
 noisy, so only the ratios within one run say much. Compile time is stated apart. The torch engine
@@ -21,7 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +68,21 @@ def _in_place(field: Any, weight: Any) -> None:
         field[i] = field[i] * weight
 
 
+@njit(nogil=True)  # type: ignore[misc]
+def _arithmetic(rounds: int) -> None:
+    values = np.zeros(1024, np.float32)
+    for _ in range(rounds):
+        for i in range(values.size):
+            values[i] = values[i] * np.float32(0.999) + np.float32(0.002)
+
+
+def together(run: Callable[[], object]) -> None:
+    """Run the same twice at once, on two threads."""
+    with ThreadPoolExecutor(2) as pool:
+        for task in [pool.submit(run) for _ in range(2)]:
+            task.result()
+
+
 def in_place_voxels_per_second(voxels: int = 1 << 26) -> float:
     """The limit of one thread: voxels read and written in place."""
     field = np.ones(voxels, np.float32)
@@ -72,7 +91,9 @@ def in_place_voxels_per_second(voxels: int = 1 << 26) -> float:
     return voxels / min(times)
 
 
-def engine_steps(engine: Engine, field: Field, sigma: float, count: int) -> Callable[[], object]:
+def engine_steps(
+    engine: Engine, field: Field, sigma: float, count: int, copy: bool = True
+) -> Callable[[], object]:
     """`count` steps as a run at the default `rtol` takes them."""
     kernel = smoothing_kernel("discrete", sigma)
     level = pyramid_level(kernel) if engine.has_pyramid else 0
@@ -84,7 +105,7 @@ def engine_steps(engine: Engine, field: Field, sigma: float, count: int) -> Call
         levels=(level,) * ndim,
         phase=(0,) * ndim,
     )
-    return lambda: engine.diffuse(field.copy(), what)
+    return lambda: engine.diffuse(field.copy() if copy else field, what)
 
 
 def map_overlap_step(field: Field, sigma: float) -> Callable[[], object]:
@@ -142,6 +163,74 @@ def step_figures(engine: Engine, field: Field, repeats: int, limit: float) -> li
                 "first_call_seconds": compile_seconds,
             }
         )
+    return rows
+
+
+BLOCK = """
+import sys
+import numpy as np
+from benchmark import engine_steps, peak_kilobytes
+from cdd_dask.engines import load_engine
+size, sigma = int(sys.argv[2]), float(sys.argv[3])
+engine = load_engine(sys.argv[1])
+engine_steps(engine, np.ones((32,) * 3, np.float32), sigma, 1)()
+field = np.ones((size,) * 3, np.float32)
+run = engine_steps(engine, field, sigma, 2, copy=False)
+open("/proc/self/clear_refs", "w").write("5")
+before = peak_kilobytes()
+run()
+print((peak_kilobytes() - before) * 1024 / field.nbytes + 1)
+"""
+
+
+def peak_kilobytes() -> int:
+    """Largest resident memory of this process since it was last asked to forget it."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def block_figures(engine: Engine, size: int, repeats: int) -> list[dict[str, Any]]:
+    """What a large block costs: its time beside that of 128³, two tasks beside one, memory."""
+    small, large = (lognormal_turbulence((n,) * 3) for n in (128, size))
+    few, many, rows = 2, 12, []
+    _arithmetic(1)
+    before = engine.limit_threads(1)
+    for sigma in SIGMAS:
+        if sigma > 128 / 8:
+            continue
+        engine_steps(engine, small, sigma, 1)()  # compiles
+        cases: dict[str, Callable[[], object]] = {
+            "mere": partial(_arithmetic, 500_000),
+            "two mere": partial(together, partial(_arithmetic, 500_000)),
+        }
+        for name, field in (("small", small), ("large", large)):
+            for count in (few, many):
+                cases[f"{name} {count}"] = engine_steps(engine, field, sigma, count)
+        cases["two"] = partial(together, cases[f"small {many}"])
+        times = interleaved(cases, repeats)
+
+        # what is done once per call is not a step's: the difference of many and few
+        def per_voxel(name: str, voxels: int, times: Times = times) -> float:
+            pairs = zip(times[f"{name} {many}"], times[f"{name} {few}"], strict=True)
+            return statistics.median(a - b for a, b in pairs) / voxels
+
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        memory = subprocess.run(
+            [sys.executable, "-c", BLOCK, engine.name, str(size), str(sigma)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
+        ).stdout
+        rows.append(
+            {
+                "sigma": sigma,
+                "times_of_small": per_voxel("large", large.size) / per_voxel("small", small.size),
+                "two_tasks": 2 * medians[f"small {many}"] / medians["two"],
+                "two_threads_of_arithmetic": 2 * medians["mere"] / medians["two mere"],
+                "memory_of_field": float(memory),
+            }
+        )
+    engine.limit_threads(before)
     return rows
 
 
@@ -248,7 +337,72 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def main() -> None:
+def report_steps(field: Field, chosen: argparse.Namespace, limit: float) -> list[dict[str, Any]]:
+    """Measure and print what single steps take."""
+    engines, rows = [load_engine(chosen.engine)], []
+    if find_spec("torch"):
+        import torch
+
+        if torch.cuda.is_available():
+            engines.append(load_engine("torch", "cuda"))
+    print("\nmillion voxel-steps per second")
+    print("| engine | sigma | one thread | of in place | all threads | map_overlap + SciPy |")
+    print("|---|---|---|---|---|---|")
+    for engine in engines:
+        for row in step_figures(engine, field, chosen.repeats, limit):
+            rows.append(row)
+            low, high = (value / 1e6 for value in row["spread"])
+            print(
+                f"| {row['engine']} | {row['sigma']:g} "
+                f"| {row['voxel_steps_per_second'] / 1e6:.0f} ({low:.0f} to {high:.0f}) "
+                f"| {row['of_in_place']:.3f} | {row['all_threads'] / 1e6:.0f} "
+                f"| {row['map_overlap'] / 1e6:.1f} |"
+            )
+    return rows
+
+
+def report_block(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure and print what a large block costs."""
+    rows = block_figures(load_engine(chosen.engine), chosen.size, chosen.repeats)
+    print(
+        f"\n| sigma | {chosen.size}³ beside 128³, per voxel | two tasks at once "
+        "| two threads of mere arithmetic | memory |"
+    )
+    print("|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['sigma']:g} | {row['times_of_small']:.2f} times as long "
+            f"| {row['two_tasks']:.2f} times as fast "
+            f"| {row['two_threads_of_arithmetic']:.2f} times as fast "
+            f"| {row['memory_of_field']:.2f} times the field |"
+        )
+    return rows
+
+
+def report_decomposition(field: Field, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print what whole decompositions take."""
+    found = decomposition_figures(
+        field, chosen.engine, chosen.upsample, chosen.peer, chosen.repeats
+    )
+    print("\n| decomposition | seconds |\n|---|---|")
+    for name in ("in memory", "to disk", "peer"):
+        if name in found:
+            what = f"{name}, extrapolated" if found.get(f"{name}_extrapolated") else name
+            value = found[name]
+            print(
+                f"| {what} | {value['median']:.2f} ({value['least']:.2f} to {value['most']:.2f}) |"
+            )
+    print(f"| first call over the second, nothing compiled | {found['compile_seconds']:.2f} |")
+    print(f"| the same, all compiled before | {found['start_up_seconds']:.2f} |")
+    print(f"\npeak memory: {found['peak_megabytes']:.0f} MB", end="")
+    print(f" ({found['peak_megabytes'] * 1e6 / field.nbytes:.1f} times the field, with all")
+    print("channels, which stay in memory)")
+    if chosen.peer:
+        print(f"{found['times_faster']:.0f} times as fast as constrained-diffusion")
+    return found
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -258,63 +412,35 @@ def main() -> None:
     parser.add_argument("--upsample", type=int, default=1, help="as decompose takes it")
     parser.add_argument("--peer", action="store_true", help="time constrained-diffusion, too")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=("steps", "decomposition"), help="leave the other out")
+    parser.add_argument(
+        "--only", choices=("steps", "block", "decomposition"), help="one kind of figures"
+    )
     parser.add_argument("--json", help="file to write all figures to")
     chosen = parser.parse_args()
     if chosen.peer and not find_spec("constrained_diffusion"):
         parser.error("--peer needs the package: pip install constrained-diffusion==1.2.5")
+    return chosen
 
-    field = lognormal_turbulence((chosen.size,) * chosen.ndim)
+
+def main() -> None:
+    chosen = parse_arguments()
+    shape = (chosen.size,) * chosen.ndim
     limit = in_place_voxels_per_second()
     figures: dict[str, Any] = {
-        "shape": field.shape,
+        "shape": shape,
         "cores": len(os.sched_getaffinity(0)),
         "in_place_voxels_per_second": limit,
     }
-    print(f"{' × '.join(map(str, field.shape))} float32, {figures['cores']} cores")
+    print(f"{' × '.join(map(str, shape))} float32, {figures['cores']} cores")
     print(f"in place, one thread: {limit / 1e6:.0f} million voxels/s ({limit * 8 / 1e9:.1f} GB/s)")
-    if chosen.only != "decomposition":
-        engines = [load_engine(chosen.engine)]
-        if find_spec("torch"):
-            import torch
-
-            if torch.cuda.is_available():
-                engines.append(load_engine("torch", "cuda"))
-        figures["steps"] = []
-        print("\nmillion voxel-steps per second")
-        print("| engine | sigma | one thread | of in place | all threads | map_overlap + SciPy |")
-        print("|---|---|---|---|---|---|")
-        for engine in engines:
-            for row in step_figures(engine, field, chosen.repeats, limit):
-                figures["steps"].append(row)
-                low, high = (value / 1e6 for value in row["spread"])
-                print(
-                    f"| {row['engine']} | {row['sigma']:g} "
-                    f"| {row['voxel_steps_per_second'] / 1e6:.0f} ({low:.0f} to {high:.0f}) "
-                    f"| {row['of_in_place']:.3f} | {row['all_threads'] / 1e6:.0f} "
-                    f"| {row['map_overlap'] / 1e6:.1f} |"
-                )
-    if chosen.only != "steps":
-        found = decomposition_figures(
-            field, chosen.engine, chosen.upsample, chosen.peer, chosen.repeats
-        )
-        figures["decomposition"] = found
-        print("\n| decomposition | seconds |\n|---|---|")
-        for name in ("in memory", "to disk", "peer"):
-            if name in found:
-                what = f"{name}, extrapolated" if found.get(f"{name}_extrapolated") else name
-                value = found[name]
-                print(
-                    f"| {what} | {value['median']:.2f} "
-                    f"({value['least']:.2f} to {value['most']:.2f}) |"
-                )
-        print(f"| first call over the second, nothing compiled | {found['compile_seconds']:.2f} |")
-        print(f"| the same, all compiled before | {found['start_up_seconds']:.2f} |")
-        print(f"\npeak memory: {found['peak_megabytes']:.0f} MB", end="")
-        print(f" ({found['peak_megabytes'] * 1e6 / field.nbytes:.1f} times the field, with all")
-        print("channels, which stay in memory)")
-        if chosen.peer:
-            print(f"{found['times_faster']:.0f} times as fast as constrained-diffusion")
+    if chosen.only == "block":
+        figures["block"] = report_block(chosen)
+    else:
+        field = lognormal_turbulence(shape)
+        if chosen.only != "decomposition":
+            figures["steps"] = report_steps(field, chosen, limit)
+        if chosen.only != "steps":
+            figures["decomposition"] = report_decomposition(field, chosen)
     if chosen.json:
         with open(chosen.json, "w") as file:
             json.dump(figures, file, indent=2)

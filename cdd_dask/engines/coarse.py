@@ -25,6 +25,9 @@ from cdd_dask.engines.rows import (
     store,
 )
 
+CACHE = 400_000
+"""Bytes of the rows that neighbouring cells share, to stay in the second-level cache."""
+
 
 def row_arrays(
     length: int, field: np.dtype[Any], working: np.dtype[Any], cval: float

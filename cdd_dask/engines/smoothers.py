@@ -15,6 +15,7 @@ from cdd_dask.boundaries import CUT, extension_index
 from cdd_dask.engines import coarse, fused, separable
 from cdd_dask.engines.rows import RULES
 from cdd_dask.engines.team import Team
+from cdd_dask.engines.vectors import BATCH
 from cdd_dask.kernels import IDENTITY, Kernel
 from cdd_dask.pyramid import can_extend_cells, coarse_kernel, margin
 
@@ -117,14 +118,14 @@ class _Fused(Smoother):
         self._shape = tuple(axis.size for axis in axes)
         self._weights = tuple(_twice(axis.kernel, radius, means.working) for axis in axes)
         self._index = tuple(
-            _extended(axis, len(weights), len(weights) + fused.BATCH)
+            _extended(axis, len(weights), len(weights) + BATCH)
             for axis, weights in zip(axes, self._weights, strict=True)
         )
         self._cval, self._team = means.working.type(means.cval), means.team
         arrays = len(self._weights[0]), means.field, means.working, means.cval
         self._scratch = [(fused.scratch_arrays(*arrays),) for _ in range(means.team.size)]
         nz, ny, nx = self._shape
-        self._slope = -(-radius // fused.BATCH) * fused.BATCH
+        self._slope = -(-radius // BATCH) * BATCH
         self._deep = max(1, DEEP * self._slope)
         rows = IN_FLIGHT // ((self._deep + 2 * self._slope) * nx * 2 * means.field.itemsize)
         self._high = max(fused.TILE_ROWS, rows // fused.TILE_ROWS * fused.TILE_ROWS)
@@ -132,8 +133,10 @@ class _Fused(Smoother):
         recedes = arrays[0] and min(nz, ny) > 4 * radius and "wrap" not in axes[0].rules
         if "wrap" in axes[1].rules:
             self._high = ny + AT_ONCE * self._slope
-        fastest = AT_ONCE * fused.BATCH // max(1, self._slope)
-        room = nz // (2 * max(1, self._slope) * means.team.size)  # for a part per thread
+        fastest = AT_ONCE * BATCH // max(1, self._slope)
+        # gaps between the parts of several threads are filled by few: keep them narrow
+        narrow = 4 * means.team.size if means.team.size > 1 else 2
+        room = nz // (narrow * max(1, self._slope))
         self._at_once = max(1, min(fastest, room)) if recedes else 1
 
     def move(self, field: NDArray[Any], out: NDArray[Any], share: Share, rule: Any) -> None:
@@ -294,19 +297,24 @@ class Pyramid(Smoother):
         shapes, before = self._shapes[level : level + 2], self._before[level]
         index, halve = self._down[level], self._halve[level]
 
+        # planes are read again for the next cells: few rows at a time stay in the cache until then
+        high = max(1, coarse.CACHE // (2 * 4 * shapes[0][2] * field.itemsize))
+
         def work(region: tuple[int, ...], scratch: Any) -> None:
-            coarse.gather(
-                field,
-                shapes[0],
-                cells,
-                shapes[1],
-                region,
-                index,
-                before,
-                halve,
-                self._cval,
-                scratch,
-            )
+            z0, z1, y0, y1 = region
+            for y in range(y0, y1, high):
+                coarse.gather(
+                    field,
+                    shapes[0],
+                    cells,
+                    shapes[1],
+                    (z0, z1, y, min(y + high, y1)),
+                    index,
+                    before,
+                    halve,
+                    self._cval,
+                    scratch,
+                )
 
         self._team.share(work, shapes[1], self._scratch)
 

@@ -13,6 +13,7 @@ weights, so that a constant field comes back to the bit and rounding does not we
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -49,6 +50,11 @@ def _sum_of_taps(builder: Any, weights: list[Any], value: Callable[[int], Any]) 
         else:
             total = multiply_add(builder, weight, excess, total)
     return centre if total is None else builder.fadd(centre, total)
+
+
+def _at(values: list[Any], distance: int) -> Any:
+    """The value at a distance from the middle one."""
+    return values[len(values) // 2 + distance]
 
 
 class _Vectors:
@@ -215,7 +221,8 @@ def smooth_across(
             vectors.fetch(field.dtype, source(2 * radius + b), args[2])
         values = [vectors.load_for_work(field.dtype, source(i)) for i in range(BATCH + 2 * radius)]
         for b in range(BATCH):
-            smooth = _sum_of_taps(builder, taps, lambda d, b=b: values[b + radius + d])
+            own = values[b : b + 2 * radius + 1]
+            smooth = _sum_of_taps(builder, taps, partial(_at, own))
             vectors.store(work.dtype, target(b), smooth)
         return context.get_dummy_value()
 
@@ -316,7 +323,8 @@ def move_across(
         taps = vectors.weights(args[6], radius)
         values = [vectors.load(like.dtype, source(i)) for i in range(BATCH + 2 * radius)]
         for b in range(BATCH):
-            smooth = _sum_of_taps(builder, taps, lambda d, b=b: values[b + radius + d])
+            own = values[b : b + 2 * radius + 1]
+            smooth = _sum_of_taps(builder, taps, partial(_at, own))
             moved = vectors.moved(rule, share, field.dtype, (centre(b), part(b)), smooth)
             vectors.store_field(out.dtype, target(b), moved)
         return context.get_dummy_value()
