@@ -143,9 +143,10 @@ def computed_steps(steps: Steps, levels: tuple[int, ...]) -> Steps:
 
 
 def coarse_cells(shape: tuple[int, ...], steps: Steps, levels: tuple[int, ...]) -> int:
-    """Cells of all levels, at most, for a block of `shape`; the coarsest are held twice.
+    """Cells of all levels, at most, for a block of `shape`.
 
-    Its faces are all taken to need cells beyond them, see `can_extend_cells`.
+    The coarsest are held twice, and so are the finest, for the next step.
+    The block's faces are all taken to need cells beyond them, see `can_extend_cells`.
     """
     if not any(levels):
         return 0
@@ -158,7 +159,7 @@ def coarse_cells(shape: tuple[int, ...], steps: Steps, levels: tuple[int, ...]) 
         math.prod(n >> min(level, j) for n, level in zip(padded, levels, strict=True))
         for j in range(1, depth + 1)
     ]
-    return sum(counts) + counts[-1]
+    return sum(counts) + counts[-1] + (counts[0] if depth > 1 else 0)
 
 
 def _moment(kernel: Kernel, power: int) -> float:

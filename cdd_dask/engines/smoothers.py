@@ -29,6 +29,8 @@ Region = tuple[int, int, int, int]
 """Planes and rows to compute, ``(z0, z1, y0, y1)``."""
 CHUNK = 64
 """Planes that are computed before the next tile: its neighbours find their rows in the cache."""
+PLANES = 16
+"""Least planes of a pyramid's field that move before their cells are gathered."""
 Share = NDArray[Any] | tuple[()]
 """What blanks leave of the kernel, infinite where blank; ``()`` where nothing is blank."""
 
@@ -269,6 +271,9 @@ class Pyramid(Smoother):
         self._shapes = [tuple(way.size(level) for way in ways) for level in range(depth + 1)]
         self._cells = [np.empty(math.prod(shape), dtype) for shape in self._shapes[1:]]
         self._smooth = fused.aligned(self._cells[-1].size, dtype)
+        # the next step's cells are made while these are still needed
+        self._next = np.empty(self._cells[0].size, dtype) if depth > 1 else self._cells[0]
+        self._plain = [_Plain.of(*way.down(0), bool(way.level), way.size(1)) for way in ways[:2]]
         coarsest = [way.coarsest() for way in ways]
         self._kernel = _Fused(coarsest, replace(means, field=dtype))
         longest = max(len(index[2]) for index in self._down) + 2 * self._shapes[0][2]
@@ -278,45 +283,103 @@ class Pyramid(Smoother):
     @property
     def cells(self) -> int:
         """Cells that it holds."""
-        return sum(cells.size for cells in self._cells) + self._smooth.size
+        more = 0 if self._next is self._cells[0] else self._next.size
+        return sum(cells.size for cells in self._cells) + self._smooth.size + more
 
     def move(self, field: NDArray[Any], out: NDArray[Any], share: Share, rule: Any) -> None:
-        source = field
-        for level, cells in enumerate(self._cells):
-            self._gather(source, cells, level)
-            source = cells
-        self._kernel.move(source, self._smooth, (), RULES["unconstrained"])
+        self._gather(field, self._cells[0], 0)
+        self._spread(self._smoothed(), field, out, share, rule, 0)
+
+    def run(self, field: NDArray[Any], share: Share, rule: Any, count: int) -> NDArray[Any]:
+        self._gather(field, self._cells[0], 0)
+        for _ in range(count - 1):
+            self._turn(self._smoothed(), field, share, rule)
+            self._cells[0], self._next = self._next, self._cells[0]
+        self._spread(self._smoothed(), field, field, share, rule, 0)
+        return field
+
+    def _smoothed(self) -> NDArray[Any]:
+        """The smooth cells of the first level, from its cells."""
+        for level in range(1, len(self._cells)):
+            self._gather(self._cells[level - 1], self._cells[level], level)
+        self._kernel.move(self._cells[-1], self._smooth, (), RULES["unconstrained"])
         source = self._smooth
         for level in range(len(self._cells) - 1, 0, -1):
             cells = self._cells[level - 1]
             self._spread(source, cells, cells, (), RULES["unconstrained"], level)
             source = cells
-        self._spread(source, field, out, share, rule, 0)
+        return source
+
+    def _turn(self, source: NDArray[Any], field: NDArray[Any], share: Share, rule: Any) -> None:
+        """Move the field, and gather its next cells while it is in the cache.
+
+        A cell is gathered as soon as the last of its voxels has moved; those with voxels of several
+        threads' parts, or from beyond a face, when all have.
+        """
+        (nz, ny, nx), (mz, my, _) = self._shapes[:2]
+        planes, lines = self._plain
+        ends = self._team.borders(nz, 2 * PLANES)
+        parts = [(start, stop, planes.first_after(start)) for start, stop in pairwise(ends)]
+
+        rows = IN_FLIGHT // (nx * field.itemsize)
+        deep, high = max(PLANES, rows // ny), max(BATCH, rows // PLANES)
+
+        def part(start: int, stop: int, first: int, scratch: Any) -> None:
+            line = lines.first
+            for y in range(0, ny, high):
+                y_stop = min(y + high, ny)
+                next_line, plane = lines.ready(y_stop), first
+                for z in range(start, stop, deep):
+                    z_stop = min(z + deep, stop)
+                    moved = (z, z_stop, y, y_stop)
+                    self._spread_part(source, field, field, share, rule, 0, moved, scratch)
+                    next_plane = max(plane, planes.ready(z_stop))
+                    made = (plane, next_plane, line, next_line)
+                    self._gather_part(field, self._next, 0, made, scratch)
+                    plane = next_plane
+                line = next_line
+
+        self._team.run(part, parts, self._scratch)
+        done = 0
+        rest = []
+        for _, stop, first in parts:
+            rest += [(done, first, 0, my), (first, planes.ready(stop), 0, lines.first)]
+            done = max(first, planes.ready(stop))
+            rest.append((first, done, lines.ready(ny), my))
+        rest.append((done, mz, 0, my))
+        for region in rest:
+            self._gather_part(field, self._next, 0, region, *self._scratch[0])
 
     def _gather(self, field: NDArray[Any], cells: NDArray[Any], level: int) -> None:
-        shapes, before = self._shapes[level : level + 2], self._before[level]
-        index, halve = self._down[level], self._halve[level]
-
+        shapes = self._shapes[level : level + 2]
         # planes are read again for the next cells: few rows at a time stay in the cache until then
         high = max(1, coarse.CACHE // (2 * 4 * shapes[0][2] * field.itemsize))
 
-        def work(region: tuple[int, ...], scratch: Any) -> None:
+        def work(region: Region, scratch: Any) -> None:
             z0, z1, y0, y1 = region
             for y in range(y0, y1, high):
-                coarse.gather(
-                    field,
-                    shapes[0],
-                    cells,
-                    shapes[1],
-                    (z0, z1, y, min(y + high, y1)),
-                    index,
-                    before,
-                    halve,
-                    self._cval,
-                    scratch,
-                )
+                part = (z0, z1, y, min(y + high, y1))
+                self._gather_part(field, cells, level, part, scratch)
 
         self._team.share(work, shapes[1], self._scratch)
+
+    def _gather_part(
+        self, field: NDArray[Any], cells: NDArray[Any], level: int, region: Region, scratch: Any
+    ) -> None:
+        shape, coarse_shape = self._shapes[level : level + 2]
+        index, before, halve = self._down[level], self._before[level], self._halve[level]
+        coarse.gather(
+            field,
+            shape,
+            cells,
+            coarse_shape,
+            region,
+            index,
+            before,
+            halve,
+            self._cval,
+            scratch,
+        )
 
     def _spread(
         self,
@@ -327,24 +390,67 @@ class Pyramid(Smoother):
         rule: Any,
         level: int,
     ) -> None:
-        shapes, index, halve = self._shapes[level : level + 2], self._up[level], self._halve[level]
+        def work(region: Region, scratch: Any) -> None:
+            self._spread_part(cells, field, out, share, rule, level, region, scratch)
 
-        def work(region: tuple[int, ...], scratch: Any) -> None:
-            coarse.spread(
-                cells,
-                shapes[1],
-                field,
-                out,
-                share,
-                shapes[0],
-                region,
-                index,
-                halve,
-                rule,
-                scratch,
-            )
+        self._team.share(work, self._shapes[level], self._scratch)
 
-        self._team.share(work, shapes[0], self._scratch)
+    def _spread_part(
+        self,
+        cells: NDArray[Any],
+        field: NDArray[Any],
+        out: NDArray[Any],
+        share: Share,
+        rule: Any,
+        level: int,
+        region: Region,
+        scratch: Any,
+    ) -> None:
+        shape, coarse_shape = self._shapes[level : level + 2]
+        index, halve = self._up[level], self._halve[level]
+        coarse.spread(
+            cells,
+            coarse_shape,
+            field,
+            out,
+            share,
+            shape,
+            region,
+            index,
+            halve,
+            rule,
+            scratch,
+        )
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The cells along one axis whose voxels lie side by side in the field."""
+
+    first: int
+    starts: NDArray[np.intp]
+    """Where the voxels begin of the first such cell and those that follow it."""
+    size: int
+    """Number of voxels of each."""
+
+    @classmethod
+    def of(cls, index: NDArray[np.intp], before: int, halved: bool, count: int) -> _Plain:
+        """Those among `count` cells that `_Way.down` describes."""
+        stride, size = (2, 4) if halved else (1, 1)
+        cells = np.arange(count)
+        starts = index[stride * cells]
+        plain = (starts >= 0) & (starts == stride * cells - before)
+        plain &= index[stride * cells + size - 1] == starts + size - 1
+        found = np.flatnonzero(plain)
+        return cls(int(found[0]) if len(found) else 0, starts[found], size)
+
+    def first_after(self, voxel: int) -> int:
+        """The first of them with no voxel before `voxel`."""
+        return self.first + int(np.searchsorted(self.starts, voxel))
+
+    def ready(self, voxel: int) -> int:
+        """The cell behind those with no voxel from `voxel` on."""
+        return self.first + int(np.searchsorted(self.starts + self.size, voxel, "right"))
 
 
 class _Way:
@@ -359,7 +465,7 @@ class _Way:
 
     def __init__(self, axis: Axis) -> None:
         level, cell = axis.level, 2**axis.level
-        self._axis = axis
+        self._axis, self.level = axis, level
         self.before, after = (axis.phase if level else 0), 0
         end = axis.phase + axis.size
         if level:
