@@ -168,3 +168,19 @@ class TaskMemory:
     def device(self) -> int:
         """Bytes on the engine's device."""
         return math.prod(self.cells or self.haloed) * self.footprint.device
+
+
+def voxel_task_bytes(grid: Grid, levels: tuple[int, ...], itemsize: int, masked: bool) -> int:
+    """Bytes on the host of a task that brings a block's voxels to cells, or cells to them.
+
+    The block, completed to whole cells, the smooth field and what it is interpolated from, and
+    sorted deviations; with blanks the smooth share of the others. Besides, cores are encoded.
+    """
+    block = math.prod(-(-b >> level) << level for b, level in zip(grid.block, levels, strict=True))
+    arrays = 8 if masked else 6
+    return block * (arrays * itemsize + 2) + 2 * math.prod(grid.block) * itemsize + TASK_OVERHEAD
+
+
+def cell_task_bytes(cells: int, values: int, itemsize: int, work: int) -> int:
+    """Bytes on the host of a task that evolves cells of so many values, engine's work included."""
+    return cells * (values * itemsize + work + 8) + TASK_OVERHEAD

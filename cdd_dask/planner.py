@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import mul
 from typing import NoReturn
 
 from cdd_dask.blocks import Grid, haloed_shape, haloed_voxels
 from cdd_dask.errors import BudgetError, InputError
 from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
-from cdd_dask.memory import TaskMemory, format_bytes
+from cdd_dask.memory import TaskMemory, cell_task_bytes, format_bytes, voxel_task_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Plan, Resources, Stage, Volume
 from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps
+from cdd_dask.regimes import (
+    Regime,
+    cell_block,
+    cell_bytes,
+    coarse_options,
+    coarse_regimes,
+    coarse_work,
+    even_parts,
+    evolve_values,
+    part_counts,
+    split_halo,
+)
 from cdd_dask.scales import scale_edges
 from cdd_dask.time_stepping import Steps, channel_steps
 
@@ -26,6 +39,8 @@ SMALLEST_TILE = 8
 """Tiles on the refined grid are not made smaller than this, in voxels."""
 TILE_SHARES = (0.95, 0.8, 0.6, 0.4, 0.2)
 """Shares of a task's memory that a tile on the refined grid may take; the planner tries all."""
+HOPELESS = 3
+"""Blocks that take so many times the time of larger ones end the search."""
 DISK_SPEED = 2e8
 """Bytes per second and task, compressed on the way, for estimates of time only."""
 
@@ -59,13 +74,9 @@ def make_plan(
     draft, grid = _choose(_drafts(parameters, volume, resources), block)
     first = 0 if draft.copies_in(grid) else 1
     stages = tuple(draft.stage(grid, number) for number in range(first, len(draft.edges) + 1))
-    fields = draft.stored_fields(grid)
-    groups = len(draft.edges) + 1
-    # metadata: the root and `work`, two groups and an image each, and a coordinate array (its
-    # metadata and its one chunk) per axis
-    files = 2 + groups * (3 + 2 * len(volume.shape)) + fields * (len(grid) + 1)
-    # a percent for zstd where it finds nothing to compress, a disk block for what ends a file
-    disk = int(fields * draft.field_bytes * 1.01) + files * 4096
+    out, work = draft.disk(grid)
+    if resources.in_memory:
+        out = work = Space(0, 0)
     return Plan(
         parameters=parameters,
         volume=volume,
@@ -75,8 +86,9 @@ def make_plan(
         copy_in=draft.copies_in(grid),
         stages=stages,
         peak_memory=draft.peak(grid),
-        disk_bytes=0 if resources.in_memory else disk,
-        files=0 if resources.in_memory else files,
+        disk_bytes=out.bytes,
+        files=out.files,
+        scratch_bytes=work.bytes,
     )
 
 
@@ -112,15 +124,22 @@ def _drafts(parameters: Parameters, volume: Volume, resources: Resources) -> lis
 
 def _choose(drafts: list[_Draft], block: tuple[int, ...] | None) -> tuple[_Draft, Grid]:
     """The draft and the blocks that are done first, of those that fit."""
-    options = [
-        (draft, grid)
-        for draft in drafts
-        for grid in (draft.grids() if block is None else [draft.check(block)])
-    ]
-    fitting = [(draft, grid) for draft, grid in options if draft.fits(grid)]
-    if fitting:
-        return min(fitting, key=lambda option: option[0].longest_work(option[1]))
-    draft, grid = min(options, key=lambda option: option[0].peak(option[1]))
+    best: tuple[float, _Draft, Grid] | None = None
+    smallest: tuple[int, _Draft, Grid] | None = None
+    for draft in drafts:
+        for grid in draft.grids() if block is None else [draft.check(block)]:
+            if draft.fits(grid):
+                seconds = draft.seconds(grid)
+                if best is None or seconds < best[0]:
+                    best = seconds, draft, grid
+                elif seconds > HOPELESS * best[0]:
+                    break  # blocks only get smaller
+            elif best is None and (smallest is None or draft.peak(grid) < smallest[0]):
+                smallest = draft.peak(grid), draft, grid
+    if best is not None:
+        return best[1:]
+    assert smallest is not None
+    _, draft, grid = smallest
     if block is None:
         draft.refuse(grid, f"even with blocks of {grid.block}, the plan", "")
     draft.refuse(grid, f"block={block}", "give a smaller block, ")
@@ -145,6 +164,12 @@ class _Draft:
     """The same for blocks that hold blank voxels."""
     tile: tuple[int, ...]
     """What is refined at once, in voxels, where blocks are larger."""
+    chosen: dict[Grid, tuple[Regime, ...]] = field(default_factory=dict, compare=False)
+    """The regimes chosen for a grid, as far as it was looked at."""
+    splits: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = field(
+        default_factory=dict, compare=False
+    )
+    """Halos of a channel in so many passes, as far as they were looked at."""
 
     @property
     def refined(self) -> int:
@@ -157,21 +182,91 @@ class _Draft:
         return math.prod(self.volume.shape) * self.parameters.itemsize
 
     def copies_in(self, grid: Grid) -> bool:
-        """Whether the source is copied first: halo'd blocks are read again and again."""
-        return not self.volume.reachable or (len(grid) > 1 and not self.volume.is_zarr)
+        """Whether the source is copied first."""
+        cells = len(grid) > 1 and self.regimes(grid)[0].cells is not None
+        return cells or not self._reads_source(grid)
 
-    def stored_fields(self, grid: Grid) -> int:
-        """Largest number of fields in the store: channels, residual and working fields.
+    def _reads_source(self, grid: Grid) -> bool:
+        """Whether tasks can read the source: halo'd blocks are read again and again."""
+        return self.volume.reachable and (len(grid) == 1 or self.volume.is_zarr)
 
-        The last stage reads one working field while it writes the last channel and the
-        residual; no earlier stage holds more.
-        """
-        several = len(grid) > 1 and len(channel_passes(self.steps)) > 1
-        return len(self.edges) + 1 + (self.copies_in(grid) or several)
+    def regimes(self, grid: Grid) -> tuple[Regime, ...]:
+        """How every channel is computed: the fastest way that fits, or else the smallest."""
+        if grid not in self.chosen:
+            self.chosen[grid] = tuple(
+                self._fastest(grid, k, self.options(grid, k)) for k in range(len(self.edges))
+            )
+        return self.chosen[grid]
 
-    def task_memory(self, grid: Grid, k: int) -> TaskMemory:
+    def _fastest(self, grid: Grid, k: int, options: Iterator[Regime]) -> Regime:
+        fitting: list[Regime] = []
+        others: list[Regime] = []
+        for option in options:
+            (fitting if self._fits(grid, k, option) else others).append(option)
+        if fitting:
+            return min(fitting, key=lambda option: self.channel_seconds(grid, k, option))
+        return min(others, key=lambda option: self.host(grid, k, option))
+
+    def _fits(self, grid: Grid, k: int, option: Regime) -> bool:
+        """Whether tasks of channel `k` fit the memory, what stays there being a guess."""
+        kept = (len(self.edges) + 2) * self.field_bytes if self.resources.in_memory else 0
+        tasks = min(self.resources.tasks_per_budget, len(grid))
+        device = self.resources.device_memory
+        if device is not None and self.device(grid, k, option) > device:
+            return False
+        return self.host(grid, k, option) * tasks <= self.resources.memory - kept
+
+    def options(self, grid: Grid, k: int) -> Iterator[Regime]:
+        """The ways in which channel `k` can be computed in blocks of `grid`."""
+        steps, levels = self.steps[k], self.levels[k]
+        name = "pyramid" if any(levels) else "direct"
+        if steps.refinement > 1:
+            name = "refined"
+        yield Regime(name, levels, (steps.count,), self.depths[k], self.blank_depths[k])
+        if len(grid) == 1 or steps.refinement > 1:
+            return
+        for count in part_counts(steps.count)[1:]:
+            depth, blank = self._split(k, count)
+            yield Regime(name, levels, even_parts(steps.count, count), depth, blank)
+        passes = len(channel_passes(self.steps))
+        for name in coarse_regimes(self.parameters):
+            yield from coarse_options(
+                self.parameters, steps, grid, passes, name, partial(self._fits, grid, k)
+            )
+
+    def _split(self, k: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Halo of channel `k` in so many passes, without and with blank voxels."""
+        if (k, count) not in self.splits:
+            rtol, passes = self.parameters.rtol, len(channel_passes(self.steps))
+            blank = self.blank_depths is not self.depths
+            self.splits[k, count] = (
+                split_halo(self.computed_steps[k], count, rtol, passes),
+                split_halo(
+                    self.computed_steps[k], count, rtol / (BLANK_MARGIN if blank else 1), passes
+                ),
+            )
+        return self.splits[k, count]
+
+    def host(self, grid: Grid, k: int, regime: Regime) -> int:
+        """Bytes that one task of channel `k` holds at its peak on the host."""
+        if regime.cells is None:
+            return self.task_memory(grid, k, regime).host
+        itemsize, footprint = self.parameters.itemsize, self.resources.footprint
+        masked = self.volume.may_be_masked(self.parameters)
+        return max(
+            voxel_task_bytes(grid, regime.levels, itemsize, masked),
+            cell_task_bytes(cell_block(regime), evolve_values(regime), itemsize, footprint.host),
+        )
+
+    def device(self, grid: Grid, k: int, regime: Regime) -> int:
+        """Bytes that one task of channel `k` holds at its peak on the device."""
+        if regime.cells is None:
+            return self.task_memory(grid, k, regime).device
+        return cell_block(regime) * self.resources.footprint.device
+
+    def task_memory(self, grid: Grid, k: int, regime: Regime) -> TaskMemory:
         """What decides the bytes that a task of channel `k` holds at its peak."""
-        depth, boundary = self.blank_depths[k], self.parameters.boundary
+        depth, boundary = regime.blank_depth, self.parameters.boundary
         refined = self.steps[k].refinement > 1
         haloed = haloed_shape(grid, depth, boundary)
         cells = self.cells(self.tiles(grid), k) if refined else None
@@ -183,9 +278,41 @@ class _Draft:
             source_itemsize=self.volume.source_itemsize,
             source_chunk=self.volume.source_chunk,
             cells=cells,
-            coarse_cells=coarse_cells(cells or haloed, self.steps[k], self.levels[k]),
+            coarse_cells=coarse_cells(cells or haloed, self.steps[k], regime.levels),
             channels=self.refined if refined else 1,
         )
+
+    def disk(self, grid: Grid) -> tuple[Space, Space]:
+        """What the output takes at the most, and what of it the working fields take.
+
+        With scratch space of their own these do not lie in the output.
+        """
+        groups, ndim, blocks = len(self.edges) + 1, len(self.volume.shape), len(grid)
+        # metadata: the root and `work`, two groups and an image each, and a coordinate array (its
+        # metadata and its one chunk) per axis
+        metadata = 2 + groups * (3 + 2 * ndim)
+        most, work = 0.0, 0.0
+        for channels in [range(groups - 1)] if blocks == 1 else channel_passes(self.steps):
+            regime, last = self.regimes(grid)[channels.start], channels.stop == len(self.edges)
+            working = (channels.start > 0 or self.copies_in(grid)) + (not last)
+            working += (
+                2
+                if regime.name == "stream"
+                else min(2, len(regime.parts) - 1) * (regime.cells is None)
+            )
+            cells = cell_bytes(regime, self.parameters.itemsize) / self.field_bytes
+            work = max(work, working + cells)
+            most = max(most, channels.stop + last + working + cells)
+        coarse = any(regime.cells is not None for regime in self.regimes(grid))
+
+        def space(fields: float, more: int) -> Space:
+            files = math.ceil(fields) * (blocks + 1) + more + coarse * (3 * blocks + 100)
+            return Space.of(int(fields * self.field_bytes), files)
+
+        scratch = space(work, 2)
+        if self.resources.scratch:
+            return Space.of(groups * self.field_bytes, metadata + groups * (blocks + 1)), scratch
+        return space(most, metadata), scratch
 
     def tiles(self, grid: Grid) -> Grid:
         """The volume cut into tiles of the refined grid, as if blocks were whole tiles."""
@@ -214,15 +341,21 @@ class _Draft:
 
     def peak(self, grid: Grid) -> int:
         """Bytes on the host of all tasks that run at once, and of an output kept there."""
-        worst = max(self.task_memory(grid, k).host for k in range(len(self.edges)))
+        regimes = self.regimes(grid)
+        worst = max(self.host(grid, k, regime) for k, regime in enumerate(regimes))
+        return min(self.resources.tasks_per_budget, len(grid)) * worst + self.kept(grid)
+
+    def kept(self, grid: Grid) -> int:
+        """Bytes of what stays in memory."""
+        if not self.resources.in_memory:
+            return 0
         # in memory a chunk is a block, and those at the edges are held at full size
-        stored = math.prod(map(mul, grid.counts, grid.block)) * self.parameters.itemsize
-        output = self.stored_fields(grid) * stored if self.resources.in_memory else 0
-        return min(self.resources.tasks_per_budget, len(grid)) * worst + output
+        stored: int = math.prod(map(mul, grid.counts, grid.block)) * self.parameters.itemsize
+        return math.ceil(self.disk(grid)[0].bytes / self.field_bytes * stored)
 
     def device_peak(self, grid: Grid) -> int:
         """Bytes that one task holds at its peak on the device."""
-        return max(self.task_memory(grid, k).device for k in range(len(self.edges)))
+        return max(self.device(grid, k, regime) for k, regime in enumerate(self.regimes(grid)))
 
     def fits(self, grid: Grid) -> bool:
         """Whether tasks of `grid` fit the memory of host and device."""
@@ -245,16 +378,51 @@ class _Draft:
     def grids(self) -> Iterator[Grid]:
         """Blocks to choose from: large ones have small halos, many keep all workers busy."""
         deepest = tuple(max(along) for along in zip(*self.blank_depths, strict=True))
-        return self._candidates(SMALLEST_CORE, deepest)
+        for grid in self._candidates(SMALLEST_CORE, deepest):
+            yield grid
+            # the same in multiples of large powers of 2, which hold whole cells
+            rounded = tuple(
+                min(n, _multiple(b, 1 << max(0, b.bit_length() - 2))) if c > 1 else b
+                for n, b, c in zip(grid.shape, grid.block, grid.counts, strict=True)
+            )
+            if rounded != grid.block:
+                yield Grid(grid.shape, rounded)
 
-    def longest_work(self, grid: Grid) -> float:
-        """Voxel-steps of the worker that has the most to do, if blocks were all alike."""
-        work = sum(
-            steps.count * self.computed(grid, k, self.depths[k])
-            for k, steps in enumerate(self.steps)
-        )
-        rounds = -(-len(grid) // self.resources.workers)
-        return work * rounds / len(grid)
+    def seconds(self, grid: Grid) -> float:
+        """Rough time of the run, if its blocks were all alike."""
+        regimes = self.regimes(grid)
+        return sum(self.channel_seconds(grid, k, regime) for k, regime in enumerate(regimes))
+
+    def channel_seconds(self, grid: Grid, k: int, regime: Regime) -> float:
+        """Rough time of channel `k`."""
+        read, written = self.moved_bytes(grid, k, regime)
+        return self._seconds(grid, self.work(grid, k, regime), read + written)
+
+    def work(self, grid: Grid, k: int, regime: Regime) -> int:
+        """Voxel-steps of channel `k`, halos included."""
+        steps = self.steps[k]
+        if regime.cells is not None:
+            return coarse_work(regime, steps, math.prod(grid.shape))
+        return self.computed(grid, k, regime.depth) * steps.count
+
+    def moved_bytes(self, grid: Grid, k: int, regime: Regime) -> tuple[int, int]:
+        """Bytes that channel `k` reads and writes, uncompressed."""
+        voxels, itemsize = math.prod(grid.shape), self.parameters.itemsize
+        # what starts a pass is read; between its channels the field stays in memory
+        one_block = len(grid) == 1
+        starts_pass = k == 0 or not (one_block or k < self.refined)
+        ends_pass = k == len(self.edges) - 1 or not (one_block or k < self.refined - 1)
+        written = (2 if ends_pass else 1) * voxels * itemsize
+        if regime.cells is not None:
+            cells = cell_bytes(regime, itemsize)
+            read = voxels * itemsize * (len(regime.parts) if regime.name == "stream" else 2)
+            return read + cells, written + cells
+        from_source = k == 0 and regime.cells is None and self._reads_source(grid)
+        size = self.volume.source_itemsize if from_source else itemsize
+        haloed = haloed_voxels(grid, regime.depth, self.parameters.boundary)
+        more = len(regime.parts) - 1  # passes, the last of which reads the start again
+        read = haloed * (size + more * itemsize) + (voxels * itemsize if more else 0)
+        return read if starts_pass else 0, written + more * voxels * itemsize
 
     def computed(self, grid: Grid, k: int, depth: tuple[int, ...]) -> int:
         """Voxels (or cells) that all blocks of channel `k` compute, with halos of `depth`."""
@@ -269,7 +437,7 @@ class _Draft:
         Where there is no halo a cut costs nothing, so it comes first.
         """
         shape = self.volume.shape
-        least = tuple(min(n, max(smallest, h)) for n, h in zip(shape, depth, strict=True))
+        least = tuple(min(n, smallest) for n in shape)
         counts = [1] * len(shape)
         while True:
             block = tuple(map(_core, shape, counts, least))
@@ -316,21 +484,14 @@ class _Draft:
         if number == 0:
             return self._copying_in(grid)
         k = number - 1
-        steps, memory = self.steps[k], self.task_memory(grid, k)
+        steps, regime = self.steps[k], self.regimes(grid)[k]
         cut = [count > 1 for count in (self.tiles(grid) if steps.refinement > 1 else grid).counts]
         depth, blank_depth = (
-            tuple(h if is_cut else 0 for h, is_cut in zip(depths[k], cut, strict=True))
-            for depths in (self.depths, self.blank_depths)
+            tuple(h if is_cut else 0 for h, is_cut in zip(depths, cut, strict=True))
+            for depths in (regime.depth, regime.blank_depth)
         )
-        computed = self.computed(grid, k, depth)
-        voxels, itemsize = math.prod(grid.shape), self.parameters.itemsize
-        from_source = k == 0 and not self.copies_in(grid)
-        # what starts a pass is read; between its channels the field stays in memory
-        one_block = len(grid) == 1
-        starts_pass = k == 0 or not (one_block or k < self.refined)
-        ends_pass = k == len(self.edges) - 1 or not (one_block or k < self.refined - 1)
-        read = haloed_voxels(grid, depth, self.parameters.boundary) if starts_pass else 0
-        written = 2 * voxels if ends_pass else voxels
+        read, written = self.moved_bytes(grid, k, regime)
+        cells = regime.cells or Grid((), ())
         return Stage(
             number=number,
             scale_from=self.edges[k - 1] if k else 0.0,
@@ -338,36 +499,36 @@ class _Draft:
             steps=steps.count,
             sigma=max(kernel.sigma for kernel in steps.kernels),
             radius=max(kernel.radius for kernel in steps.kernels),
-            regime=self._regime(k),
-            passes=1,
-            levels=self.levels[k],
+            regime=regime.name,
+            parts=regime.parts,
+            levels=regime.levels,
             depth=depth,
             blank_depth=blank_depth,
+            cell_domain=cells.shape,
+            cell_block=cells.block,
+            cell_depth=regime.cell_depth,
             refinement=steps.refinement,
             tile=self.tiles(grid).block if steps.refinement > 1 else grid.block,
             tasks=len(grid),
-            haloed_voxels=computed,
-            voxel_steps=computed * steps.count,
-            bytes_read=read * (self.volume.source_itemsize if from_source else itemsize),
-            bytes_written=written * itemsize,
-            peak_memory=memory.host,
-            peak_device_memory=memory.device,
-            seconds=self._seconds(grid, computed * steps.count, (read + written) * itemsize),
-            error=self._error(k, depth, cut),
+            haloed_voxels=math.prod(grid.shape) if regime.cells else self.computed(grid, k, depth),
+            voxel_steps=self.work(grid, k, regime),
+            bytes_read=read,
+            bytes_written=written,
+            peak_memory=self.host(grid, k, regime),
+            peak_device_memory=self.device(grid, k, regime),
+            seconds=self.channel_seconds(grid, k, regime),
+            error=self._error(k, regime, depth, cut),
         )
 
-    def _regime(self, k: int) -> str:
-        if self.steps[k].refinement > 1:
-            return "refined"
-        return "pyramid" if any(self.levels[k]) else "direct"
-
-    def _error(self, k: int, depth: tuple[int, ...], cut: list[bool]) -> str:
+    def _error(self, k: int, regime: Regime, depth: tuple[int, ...], cut: list[bool]) -> str:
         """What is known of the error that cutting causes in channel `k`."""
+        if regime.cells is not None:
+            return "estimated" if regime.name == "closure" else "exact"
         passes = next(p for p in channel_passes(self.steps) if k in p)
         factor = self.steps[k].refinement
         for axis, is_cut in enumerate(cut):
             computed = self.computed_steps[passes.start : passes.stop]
-            reach = sum(steps.reach[axis] for steps in computed)
+            reach = sum(steps.reach[axis] for steps in computed) // len(regime.parts)
             if is_cut and depth[axis] * factor < reach:
                 one_sign = self.parameters.constraint == "constrained"
                 return "bounded (one sign)" if one_sign else "bounded"
@@ -385,10 +546,13 @@ class _Draft:
             sigma=0.0,
             radius=0,
             regime="copy",
-            passes=1,
+            parts=(0,),
             levels=depth,
             depth=depth,
             blank_depth=depth,
+            cell_domain=(),
+            cell_block=(),
+            cell_depth=(),
             refinement=1,
             tile=grid.block,
             tasks=len(grid),
@@ -396,16 +560,38 @@ class _Draft:
             voxel_steps=0,
             bytes_read=read,
             bytes_written=self.field_bytes,
-            peak_memory=replace(self.task_memory(grid, 0), haloed=grid.block, cells=None).host,
+            peak_memory=self._copying_memory(grid),
             peak_device_memory=0,
             seconds=self._seconds(grid, 0, read + self.field_bytes),
             error="exact",
         )
 
+    def _copying_memory(self, grid: Grid) -> int:
+        memory = self.task_memory(grid, 0, next(self.options(grid, 0)))
+        return replace(memory, haloed=grid.block, cells=None, coarse_cells=0).host
+
     def _seconds(self, grid: Grid, voxel_steps: int, moved: int) -> float:
         """Rough time for `voxel_steps` and `moved` bytes, shared by the workers."""
         alone = voxel_steps / self.resources.voxel_steps_per_second + moved / DISK_SPEED
-        return alone / min(self.resources.workers, len(grid))
+        # rounds of all workers, the last of which may leave some idle
+        return alone * -(-len(grid) // self.resources.workers) / len(grid)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What something takes on a disk."""
+
+    bytes: int
+    files: int
+
+    @classmethod
+    def of(cls, bytes_: int, files: int) -> Space:
+        """With a percent for zstd where it finds nothing to compress, and a disk block per file."""
+        return cls(int(bytes_ * 1.01) + files * 4096, files)
+
+
+def _multiple(length: int, unit: int) -> int:
+    return -(-length // unit) * unit
 
 
 def _core(size: int, count: int, least: int) -> int:

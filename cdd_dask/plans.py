@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from cdd_dask.blocks import Grid
@@ -67,6 +68,8 @@ class Resources:
     """Free bytes on the device; None where the engine computes on the host."""
     in_memory: bool = False
     """Whether the output lives in memory rather than on disk."""
+    scratch: bool = False
+    """Whether working fields lie elsewhere than the output."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,23 @@ class Stage:
     """Largest radius along an axis of one step's kernel, in cells."""
     regime: str
     """How the channel is computed: ``copy``, ``direct`` (full kernels, halo'd blocks),
-    ``pyramid`` (wide kernels on a coarser grid, see `levels`), or ``refined`` (on a finer grid,
-    tile by tile, with all other refined channels)."""
-    passes: int
-    """Times the volume is read and written."""
+    ``pyramid`` (wide kernels on a coarser grid, see `levels`), ``refined`` (on a finer grid,
+    tile by tile, with all other refined channels), or on cells: ``closure``, ``linear``,
+    ``stream`` (see `regimes`)."""
+    parts: tuple[int, ...]
+    """Steps of every pass: over the voxels or, where there are cells, over these."""
     levels: tuple[int, ...]
-    """How often the grid is halved for the smoothing, per axis; 0 is the full grid."""
+    """How often the grid is halved per axis, for the smoothing or for cells; 0 is the full grid."""
     depth: tuple[int, ...]
     """Halo in voxels per axis; 0 along axes that are not cut."""
     blank_depth: tuple[int, ...]
     """Halo of blocks that hold blank voxels."""
+    cell_domain: tuple[int, ...]
+    """Number of cells per axis, with those around the volume that its voxels need."""
+    cell_block: tuple[int, ...]
+    """Shape in cells of the blocks that they are cut into."""
+    cell_depth: tuple[int, ...]
+    """Halo of these blocks in cells."""
     refinement: int
     """Cells per voxel and decomposed axis; 1 is the volume's own grid."""
     tile: tuple[int, ...]
@@ -131,6 +141,56 @@ class Stage:
         return self.voxel_steps + self.haloed_voxels
 
 
+def stage_from_dict(values: dict[str, Any]) -> Stage:
+    """A stage from plain JSON values."""
+    known: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return Stage(**known)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Tasks that run in any order, between two barriers."""
+
+    kind: str
+    """``copy``, ``diffuse``; ``smooth``, ``evolve`` (cells); ``gather``, ``scatter``, ``relax``
+    (voxels, with cells)."""
+    stages: tuple[int, ...]
+    """Numbers of the stages that it computes; one but where several are computed in one go."""
+    number: int
+    """Which of the stage's passes of this kind it is, from 0."""
+    first: int
+    """First of the channel's steps that it takes."""
+    last: int
+    """The step behind the last."""
+    tasks: int
+    """Number of tasks."""
+
+
+def stage_passes(stage: Stage) -> list[Pass]:
+    """The passes of one channel."""
+    numbers, ends = (stage.number,), [0, *accumulate(stage.parts)]
+    ranges = list(enumerate(pairwise(ends)))
+    if not stage.cell_domain:
+        return [Pass("diffuse", numbers, i, a, b, stage.tasks) for i, (a, b) in ranges]
+    cells = len(Grid(stage.cell_domain, stage.cell_block))
+    if stage.regime == "stream":
+        return [
+            one
+            for i, (a, b) in ranges
+            for one in (
+                Pass("smooth", numbers, i, a, a, cells),
+                Pass("relax", numbers, i, a, b, stage.tasks),
+            )
+        ]
+    start = [Pass("smooth", numbers, 0, 0, 0, cells)]
+    if stage.regime == "closure":
+        start.append(Pass("gather", numbers, 0, 0, 0, stage.tasks))
+    evolve = [Pass("evolve", numbers, i, a, b, cells) for i, (a, b) in ranges]
+    return [*start, *evolve, Pass("scatter", numbers, 0, 0, stage.steps, stage.tasks)]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run will do, stage by stage, and what it needs."""
@@ -151,6 +211,9 @@ class Plan:
     """Largest size of the output while it is made, in bytes, before compression."""
     files: int
     """Largest number of files (objects) in the output while it is made."""
+    scratch_bytes: int
+    """Largest size of the working fields, before compression: in the output, if there is no other
+    place for them."""
 
     @property
     def grid(self) -> Grid:
@@ -169,19 +232,22 @@ class Plan:
         return len(self.grid) == 1
 
     @property
-    def passes(self) -> tuple[tuple[Stage, ...], ...]:
-        """The stages that one task computes in one go, between two barriers.
+    def passes(self) -> tuple[Pass, ...]:
+        """All passes in the order in which they run, with a barrier between each and the next.
 
-        All of them where the volume is one block; else the refined ones are one pass, and every
-        other is one by itself.
+        Where the volume is one block, one task computes all channels; else the refined ones are one
+        pass.
         """
-        copying = tuple((stage,) for stage in self.stages if stage.number == 0)
-        channels = tuple(stage for stage in self.stages if stage.number > 0)
-        if self.one_block:
-            return (*copying, channels)
-        refined = tuple(stage for stage in channels if stage.refinement > 1)
-        native = tuple((stage,) for stage in channels if stage.refinement == 1)
-        return (*copying, *((refined,) if refined else ()), *native)
+        tasks = len(self.grid)
+        channels = [stage for stage in self.stages if stage.number > 0]
+        passes = [Pass("copy", (0,), 0, 0, 0, tasks)] if self.copy_in else []
+        together = channels if self.one_block else [s for s in channels if s.refinement > 1]
+        if together:
+            numbers = tuple(stage.number for stage in together)
+            passes.append(Pass("diffuse", numbers, 0, 0, together[-1].steps, tasks))
+        for stage in channels[len(together) :]:
+            passes += stage_passes(stage)
+        return tuple(passes)
 
     @property
     def seconds(self) -> float:
@@ -211,7 +277,8 @@ def describe_plan(plan: Plan) -> str:
         f"{format_bytes(resources.memory)} allowed",
         "disk       none (in memory)"
         if resources.in_memory
-        else f"disk       up to {format_bytes(plan.disk_bytes)} in {plan.files} files",
+        else f"disk       up to {format_bytes(plan.disk_bytes)} in {plan.files} files"
+        + f", scratch up to {format_bytes(plan.scratch_bytes)}" * resources.scratch,
         f"time       about {format_seconds(plan.seconds)} (rough)",
     ]
     refined = [stage for stage in plan.stages if stage.refinement > 1]
@@ -227,12 +294,13 @@ def describe_plan(plan: Plan) -> str:
         "stage": lambda s: f"channel {s.channel}" if s.number else "copy in",
         scales: lambda s: f"{s.scale_from:g} - {s.scale_to:g}" if s.number else "",
         "regime": lambda s: f"{s.regime} ×{s.refinement}" if s.refinement > 1 else s.regime,
-        "passes": lambda s: str(s.passes),
+        "passes": lambda s: str(len(s.parts)),
         "steps": lambda s: str(s.steps),
         "sigma": lambda s: f"{s.sigma:.3g}",
         "level": lambda s: str(max(s.levels)),
-        "halo": lambda s: _times(s.depth),
+        "halo": lambda s: f"{_times(s.cell_depth)} cells" if s.cell_depth else _times(s.depth),
         "overhead": lambda s: f"{s.haloed_voxels / math.prod(volume.shape):.2f}",
+        "voxel-steps": lambda s: f"{s.voxel_steps:.2g}",
         "tasks": lambda s: str(s.tasks),
         "read": lambda s: format_bytes(s.bytes_read),
         "written": lambda s: format_bytes(s.bytes_written),

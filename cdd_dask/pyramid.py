@@ -53,15 +53,19 @@ def coarse_levels(parameters: Parameters, steps: Steps) -> tuple[int, ...]:
     >>> coarse_levels(Parameters(rtol=1e-5), channels[2])
     (0, 0)
     """
-    needed = SMALLEST_RTOL
-    if parameters.boundary == "constant":
-        if parameters.constraint == "inverted":
-            needed = math.inf
-        elif parameters.cval != 0:
-            needed = SMALLEST_RTOL_AT_STEEP_FACES
-    if parameters.rtol < needed or len(steps.axes) > MOST_AXES:
+    if parameters.rtol < smallest_rtol(parameters) or len(steps.axes) > MOST_AXES:
         return (0,) * len(steps.kernels)
     return tuple(map(pyramid_level, steps.kernels))
+
+
+def smallest_rtol(parameters: Parameters) -> float:
+    """The `rtol` from which on a coarser grid may serve."""
+    if parameters.boundary == "constant":
+        if parameters.constraint == "inverted":
+            return math.inf
+        if parameters.cval != 0:
+            return SMALLEST_RTOL_AT_STEEP_FACES
+    return SMALLEST_RTOL
 
 
 def pyramid_level(kernel: Kernel) -> int:
@@ -74,18 +78,22 @@ def pyramid_level(kernel: Kernel) -> int:
     [0, 1, 2, 3]
     """
     level = 0
-    while _variance_left(kernel, level + 1) >= SMALLEST_VARIANCE:
+    while variance_left(kernel, level + 1) >= SMALLEST_VARIANCE:
         level += 1
     return level
 
 
-def _variance_left(kernel: Kernel, level: int) -> float:
-    """Variance of the small kernel in cells: what the cascades leave of the whole."""
-    return float((_moment(kernel, 2) - 0.5 * (4**level - 1)) / 4**level)
+def variance_left(kernel: Kernel, level: int, from_means: bool = False) -> float:
+    """Variance of the small kernel in cells: what the ways down and up leave of the whole.
+
+    Cascades take ``(4^L - 1) / 4`` voxels² each way, plain means a twelfth instead of a quarter.
+    """
+    ways = (4**level - 1) / (3 if from_means else 2)
+    return float((_moment(kernel, 2) - ways) / 4**level)
 
 
 @lru_cache(maxsize=256)
-def coarse_kernel(kernel: Kernel, level: int) -> Kernel:
+def coarse_kernel(kernel: Kernel, level: int, from_means: bool = False) -> Kernel:
     """The kernel on the grid of `level` that makes the chain equal `kernel`.
 
     Weights ``exp(-a x² - b x⁴)``, positive and normalised, with `a` and `b` solved for the variance
@@ -97,14 +105,17 @@ def coarse_kernel(kernel: Kernel, level: int) -> Kernel:
         What the chain replaces.
     level
         Number of halvings; with 0 `kernel` itself is returned.
+    from_means
+        Whether cells are plain means of their voxels, of variance ``(4^L - 1) / 12`` and fourth
+        cumulant ``-(16^L - 1) / 120``, instead of cascades' averages.
     """
     from scipy.optimize import root
 
     if level == 0:
         return kernel
-    variance = _variance_left(kernel, level)
+    variance = variance_left(kernel, level, from_means)
     fourth = _moment(kernel, 4) - 3 * _moment(kernel, 2) ** 2  # the cumulant
-    fourth = (fourth + 0.05 * (16**level - 1)) / 16**level
+    fourth = (fourth + (16**level - 1) / (30 if from_means else 20)) / 16**level
     x = np.arange(math.ceil(4 * math.sqrt(variance)) + 1)
     twice = np.where(x > 0, 2.0, 1.0)
 

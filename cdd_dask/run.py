@@ -15,20 +15,25 @@ from cdd_dask import store
 from cdd_dask.errors import CddError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
-from cdd_dask.plans import Plan, Stage
+from cdd_dask.plans import Pass, Plan
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, locate_bad_value
 from cdd_dask.statistics import Statistics
 from cdd_dask.task import Task, TaskResult, describe_task, run_task
+from cdd_dask.working import Nature, geometry, uses
 
 PACKAGES = ("cdd-dask", "numpy", "scipy", "zarr", "dask", "distributed")
 
 
-def prepare_store(plan: Plan, source: Source, address: str) -> str:
-    """Write all metadata of a run's store and return the run's name."""
+def prepare_store(plan: Plan, source: Source, address: str, scratch: str | None = None) -> str:
+    """Write all metadata of a run's store and return the run's name.
+
+    In the folder `scratch`, where there is one, the working arrays get a store of their own.
+    """
     run = uuid.uuid4().hex[:12]
     attributes: dict[str, Any] = {
         "run": run,
+        "scratch": scratch and f"{scratch.rstrip('/')}/cdd-dask-{run}.zarr",
         "parameters": plan.parameters.as_dict(),
         "edges": list(plan.edges),
         "plan": plan.as_dict(),
@@ -48,6 +53,8 @@ def prepare_store(plan: Plan, source: Source, address: str) -> str:
         },
     }
     store.create_store(address, plan.grid, plan.edges, _axes(plan, source), attributes)
+    if scratch:
+        store.create_scratch(attributes["scratch"], run)
     return run
 
 
@@ -80,17 +87,15 @@ def execute(
         If a block cannot be computed, or the store cannot be written.
     """
     totals = Totals()
-    stored = _working_fields(plan)
     try:
-        for stages in plan.passes:
-            before, after = stages[0].number - 1, stages[-1].number
-            if after in stored:
-                store.create_working_field(address, run, after, plan.grid, plan.parameters.dtype)
-            _run_stages(plan, source, Batch(address, run, stages), executor, progress, totals)
+        arrays = WorkArrays(plan, address, run)
+        for number, one in enumerate(plan.passes):
+            nature = _nature(plan, totals.statistics.get("source"))
+            arrays.make(number, nature)
+            _run_pass(plan, source, Batch(address, run, one, nature), executor, progress, totals)
             if totals.statistics["source"].count == 0:
                 raise BadValueError(f"{source.description} holds nothing but blank (NaN) voxels")
-            if before in stored:  # nothing needs what these stages started from any more
-                store.remove_working_field(address, run, before)
+            arrays.remove(number)
         names = [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
         whole = totals.statistics["source"]
         outcome = {
@@ -100,40 +105,81 @@ def execute(
         }
         outputs = [totals.statistics[name].as_dict() for name in names]
         store.finish_store(address, run, outputs, outcome)
+        arrays.close()
     except (OSError, StoreError) as error:
         if isinstance(error, CddError) and not isinstance(error, StoreError):
             raise
         raise RunError(f"the run stopped, and {address} is left incomplete: {error}") from error
 
 
-def _working_fields(plan: Plan) -> set[int]:
-    """Numbers of the channels that start from a stored working field."""
-    firsts = {stages[0].number - 1 for stages in plan.passes if stages[0].number > 0}
-    return firsts if plan.copy_in else firsts - {0}
+class WorkArrays:
+    """The working arrays of a run, each there from its first use to its last."""
+
+    def __init__(self, plan: Plan, address: str, run: str) -> None:
+        self._plan, self._run = plan, run
+        self._scratch = store.scratch_of(address, run)
+        self._address = self._scratch or address
+        used = [uses(plan, one) for one in plan.passes]
+        self._written = [writes for _, writes in used]
+        self._last: dict[str, int] = {}
+        for number, (reads, writes) in enumerate(used):
+            self._last |= dict.fromkeys(reads | writes, number)
+        self._there: set[str] = set()
+
+    def make(self, number: int, nature: Nature) -> None:
+        """Make room for what the pass of that number writes."""
+        for name in sorted(self._written[number] - self._there):
+            grid = geometry(self._plan, name, nature)
+            if grid is not None:
+                dtype = self._plan.parameters.dtype
+                store.create_work_array(self._address, self._run, name, grid, dtype)
+                self._there.add(name)
+
+    def remove(self, number: int) -> None:
+        """Remove what no pass after that of this number uses."""
+        for name in sorted(self._there):
+            if self._last[name] <= number:
+                store.remove_work_array(self._address, self._run, name)
+                self._there.remove(name)
+
+    def close(self) -> None:
+        """Remove the place they had, if it was their own."""
+        if self._scratch:
+            store.remove_scratch(self._scratch, self._run)
+
+
+def _nature(plan: Plan, source: Statistics | None) -> Nature:
+    """What is known of the source; at first that it may be anything."""
+    if source is None or source.count == 0:
+        return Nature(0, plan.volume.may_be_masked(plan.parameters))
+    cval = plan.parameters.cval if plan.parameters.boundary == "constant" else 0.0
+    low, high = min(source.min, cval), max(source.max, cval)
+    return Nature((low >= 0) - (high <= 0), source.count < math.prod(plan.volume.shape))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Stages that run together, and the store they write to."""
+    """The tasks of one pass, and the store they write to."""
 
     address: str
     run: str
-    stages: tuple[Stage, ...]
+    work: Pass
+    nature: Nature
 
     @property
     def name(self) -> str:
         """What a person calls the tasks."""
-        first, last = self.stages[0].channel, self.stages[-1].channel
-        if first is None or last is None:
+        first, last = (number - 1 for number in (self.work.stages[0], self.work.stages[-1]))
+        if first < 0:
             return "decompose-copy-in"
         channels = f"ch{first:02d}" if first == last else f"ch{first:02d}-ch{last:02d}"
-        return f"decompose-{channels}-pass1"
+        kind = "pass" if self.work.kind == "diffuse" else self.work.kind
+        return f"decompose-{channels}-{kind}{self.work.number + 1}"
 
     def tasks(self) -> Iterator[Task]:
         """One task for every block."""
-        numbers = tuple(stage.number for stage in self.stages)
-        count = self.stages[0].tasks
-        return (Task(self.address, self.run, numbers, block) for block in range(count))
+        blocks = range(self.work.tasks)
+        return (Task(self.address, self.run, self.work, block, self.nature) for block in blocks)
 
 
 @dataclass
@@ -155,7 +201,7 @@ class Totals:
         self.empty += result.empty
 
 
-def _run_stages(
+def _run_pass(
     plan: Plan,
     source: Source,
     batch: Batch,
@@ -163,11 +209,12 @@ def _run_stages(
     progress: Progress,
     totals: Totals,
 ) -> None:
-    """Run a batch's tasks and add what they tell to `totals`."""
-    count = batch.stages[0].tasks
+    """Run a pass's tasks and add what they tell to `totals`."""
+    count = batch.work.tasks
     progress.stage(batch.name, count)
-    work = sum(stage.work for stage in batch.stages) // count
-    copying_in = batch.stages[0].number == 0
+    work = sum(stage.work for stage in plan.stages if stage.number in batch.work.stages)
+    work //= count * sum(one.stages == batch.work.stages for one in plan.passes)
+    copying_in = batch.work.kind == "copy"
     # only this process has an array that lives in its memory
     pool = SerialExecutor() if copying_in and not source.portable else executor
     try:

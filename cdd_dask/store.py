@@ -72,9 +72,9 @@ def image_path(group: str) -> str:
     return f"{group}/scale0/image"
 
 
-def field_path(k: int) -> str:
-    """Where the working field lies that channel `k` starts from."""
-    return f"work/field_{k:02d}"
+def work_path(name: str) -> str:
+    """Where the working array called `name` lies."""
+    return f"work/{name}"
 
 
 def new_memory_store() -> tuple[str, MemoryStore]:
@@ -236,17 +236,45 @@ def root_of_run(address: str, run: str, mode: str = "r") -> zarr.Group:
     return root
 
 
-def create_working_field(address: str, run: str, k: int, grid: Grid, dtype: str) -> None:
-    """Make room for the working field that channel `k` starts from."""
-    _create_field(root_of_run(address, run, "r+"), field_path(k), grid, dtype)
+def create_scratch(address: str, run: str) -> None:
+    """Make a store of its own for the working arrays of a run."""
+    open_root(address, "w-").attrs[KEY] = {"format_version": FORMAT_VERSION, "run": run}
 
 
-def remove_working_field(address: str, run: str, k: int) -> None:
-    """Delete a working field that nothing needs any more, and `work` when it is empty."""
+def scratch_of(address: str, run: str) -> str | None:
+    """Address of the working arrays of a run that have a store of their own."""
+    attributes: Any = root_of_run(address, run).attrs[KEY]
+    scratch: str | None = attributes["scratch"]
+    return scratch
+
+
+def remove_scratch(address: str, run: str) -> None:
+    """Delete the store of a run's working arrays."""
     root = root_of_run(address, run, "r+")
-    del root[field_path(k)]
+    if "://" not in address:
+        shutil.rmtree(address)
+    else:
+        from zarr.core.sync import sync
+
+        sync(root.store.delete_dir(""))
+
+
+def create_work_array(address: str, run: str, name: str, grid: Grid, dtype: str) -> None:
+    """Make room for a working array."""
+    _create_field(root_of_run(address, run, "r+"), work_path(name), grid, dtype)
+
+
+def remove_work_array(address: str, run: str, name: str) -> None:
+    """Delete a working array that nothing needs any more, and `work` when it is empty."""
+    root = root_of_run(address, run, "r+")
+    del root[work_path(name)]
     if not list(root["work"].keys()):  # type: ignore[union-attr]
         del root["work"]
+
+
+def work_array(address: str, name: str) -> zarr.Array[Any]:
+    """A working array, opened."""
+    return _open_array(address, work_path(name))
 
 
 def read_block(address: str, path: str, region: Region) -> NDArray[Any]:

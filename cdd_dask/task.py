@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -16,34 +16,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask import store
-from cdd_dask.blocks import Grid, HaloedBlock, haloed_block, shifted, starts, with_halo
+from cdd_dask.blocks import Grid, HaloedBlock, Region, haloed_block, shifted, starts, with_halo
+from cdd_dask.cell_tasks import CellWork
 from cdd_dask.engines import Diffusion, Engine, Faces, load_engine
 from cdd_dask.errors import BlockError
 from cdd_dask.halo import channel_passes
 from cdd_dask.kernels import discrete_gaussian
 from cdd_dask.memory import return_freed_memory
 from cdd_dask.parameters import Parameters
+from cdd_dask.plans import Pass, Stage, stage_from_dict
 from cdd_dask.readers import BadValueError, open_source, read_field
 from cdd_dask.readers.regions import read_region
 from cdd_dask.refinement import Refinement
 from cdd_dask.statistics import Statistics
 from cdd_dask.time_stepping import Steps, channel_steps
+from cdd_dask.working import Nature, field_name, part_name
 
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One block's work for one stage, or for all stages where a volume is one block."""
+    """One block's work in one pass."""
 
     address: str
     """Address of the store."""
     run: str
     """Name of the run that made the store: another run's store is not this task's."""
-    stages: tuple[int, ...]
-    """Numbers of the stages to compute, in order; 0 is the copying-in."""
+    work: Pass
+    """What to do."""
     block: int
-    """Number of the block."""
+    """Number of the block, of voxels or of cells."""
+    nature: Nature
+    """What is known of the source."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,10 @@ class _Job:
 
     parameters: Parameters
     grid: Grid
-    depths: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]
-    """Halos of a stage's blocks: without blank voxels, and with them."""
-    tiles: dict[int, tuple[int, ...]]
-    levels: dict[int, tuple[int, ...]]
-    """How often a stage halves the grid for its smoothing, per axis."""
+    stages: dict[int, Stage]
+    """The plan's stages, by number."""
+    work: str
+    """Address of the store with the working arrays."""
     steps: tuple[Steps, ...]
     engine_name: str
     device: str
@@ -78,11 +82,16 @@ class _Job:
     as_if_blank: bool
     """Whether all blocks are computed as if they had blank voxels: bits must not tell."""
 
-    def diffusion(self, k: int, faces: Faces, start: tuple[int, ...]) -> Diffusion:
-        """What the steps of channel `k` do to a block with such `faces` that begins at `start`."""
-        levels = self.levels[k + 1]
+    def diffusion(
+        self, k: int, faces: Faces, start: tuple[int, ...], count: int | None = None
+    ) -> Diffusion:
+        """What the steps of channel `k` do to a block with such `faces` that begins at `start`.
+
+        All of them, or `count`.
+        """
+        levels = self.stages[k + 1].levels
         return Diffusion(
-            self.steps[k],
+            self.steps[k] if count is None else replace(self.steps[k], count=count),
             self.parameters.constraint,
             faces,
             self.parameters.cval,
@@ -100,10 +109,17 @@ class _Job:
         """Whether `stage` starts from the source rather than from a working field."""
         return stage == 0 or (stage == 1 and not self.copy_in)
 
-    def output(self, stage: int) -> str:
-        """Where the field lies that `stage` ends with: the residual, for the last."""
-        last = stage == len(self.steps)
-        return store.image_path(store.RESIDUAL) if last else store.field_path(stage)
+    def cells(self, stage: int, nature: Nature) -> CellWork:
+        """What the tasks on the cells of a stage share."""
+        return CellWork(
+            self.parameters,
+            self.grid,
+            self.stages[stage],
+            self.steps[stage - 1],
+            nature,
+            self.work,
+            self.engine,
+        )
 
 
 @contextmanager
@@ -155,10 +171,13 @@ def run_task(task: Task) -> TaskResult:
 
 def describe_task(task: Task) -> str:
     """The task in words, with its region where the store still tells it."""
-    what = f"block {task.block} of {_stage_name(task.stages)}"
+    on_cells = task.work.kind in ("smooth", "evolve")
+    what = f"block {task.block} of {'the cells of ' * on_cells}{_stage_name(task.work.stages)}"
     try:
         core = _load_job(task.address, task.run).grid.core(task.block)
     except Exception:
+        return what
+    if on_cells:
         return what
     region = ", ".join(f"{s.start}:{s.stop}" for s in core)
     return f"{what}, region [{region}],"
@@ -187,12 +206,8 @@ def _load_job(address: str, run: str) -> _Job:
     return _Job(
         parameters=parameters,
         grid=Grid(shape, tuple(plan["block"])),
-        depths={
-            stage["number"]: (tuple(stage["depth"]), tuple(stage["blank_depth"]))
-            for stage in plan["stages"]
-        },
-        tiles={stage["number"]: tuple(stage["tile"]) for stage in plan["stages"]},
-        levels={stage["number"]: tuple(stage["levels"]) for stage in plan["stages"]},
+        stages={stage["number"]: stage_from_dict(stage) for stage in plan["stages"]},
+        work=attributes["scratch"] or address,
         steps=channel_steps(parameters, tuple(attributes["edges"]), len(shape)),
         engine_name=plan["resources"]["engine"],
         device=plan["resources"]["device"],
@@ -205,18 +220,46 @@ def _load_job(address: str, run: str) -> _Job:
 
 
 def _run(job: _Job, task: Task) -> TaskResult:
-    """Compute the stages of `task`; between them the field stays in memory."""
-    statistics: dict[str, Statistics] = {}
+    """Compute one block of a pass."""
+    kind, block = task.work.kind, task.block
+    if kind in ("copy", "diffuse"):
+        return _copy(job, task) if kind == "copy" else _diffuse_block(job, task)
+    cells = job.cells(task.work.stages[0], task.nature)
+    if kind == "smooth":
+        cells.smooth(block)
+    elif kind == "gather":
+        cells.gather(block)
+    elif kind == "evolve":
+        cells.evolve(task.work, block)
+    else:
+        return _move_block(job, task, cells)
+    return TaskResult(block, {}, computed=0, empty=0)
+
+
+def _copy(job: _Job, task: Task) -> TaskResult:
     core = job.grid.core(task.block)
+    field = read_field(open_source(job.source), core, job.parameters)
+    _write_field(job, task, 0, core, field)
+    return TaskResult(task.block, {"source": Statistics.of(field)}, computed=0, empty=0)
+
+
+def _diffuse_block(job: _Job, task: Task) -> TaskResult:
+    """Diffuse a block with its halo; between stages the field stays in memory."""
+    statistics: dict[str, Statistics] = {}
+    core, work, stages = job.grid.core(task.block), task.work, task.work.stages
     field, block, depth = _read(job, task)
-    if job.has_source(task.stages[0]):
+    if job.has_source(stages[0]) and work.number == 0:
         statistics["source"] = Statistics.of(np.ascontiguousarray(field[block.inner]))
-    if task.stages == (0,):
-        store.write_block(task.address, store.field_path(0), core, field)
+    if work.last < job.steps[stages[-1] - 1].count:
+        if not _is_empty(job.parameters, field, block):
+            field = _diffuse(job, stages[0] - 1, field, block, work.last - work.first)
+        part = np.ascontiguousarray(field[block.inner])
+        path = store.work_path(part_name(stages[0] - 1, work.number))
+        store.write_block(job.work, path, core, part)
         return TaskResult(task.block, statistics, computed=0, empty=0)
     empty = 0
     for channels in channel_passes(job.steps):
-        if channels.start + 1 not in task.stages:
+        if channels.start + 1 not in stages:
             continue
         if _is_empty(job.parameters, field, block):
             start = field[block.inner].copy()
@@ -228,24 +271,66 @@ def _run(job: _Job, task: Task) -> TaskResult:
                 field = ends[-1].copy()  # the next pass starts from here
         else:
             start = field[block.inner].copy()
-            field = _diffuse(job, channels.start, field, block)
+            count = work.last - work.first if len(stages) == 1 else None
+            field = _diffuse(job, channels.start, field, block, count)
             ends = [field[block.inner]]
-        if channels.stop == task.stages[-1]:
+        if work.number:  # the channel began passes ago
+            start = _read_core(job, stages[0], core)
+        if channels.stop == stages[-1]:
             # the next task, or a reader, starts from here
             ends[-1] = np.ascontiguousarray(ends[-1])
             field = ends[-1]
-            path = job.output(channels.stop)
-            if path == store.image_path(store.RESIDUAL):
-                statistics[store.RESIDUAL] = Statistics.of(field)
-            store.write_block(task.address, path, core, field)
+            statistics |= _write_field(job, task, channels.stop, core, field)
         for k, end in zip(channels, ends, strict=True):
-            # a channel is I(t_{k-1}) - I(t_k): the sum of all telescopes (Li 2022)
-            channel = np.subtract(start, end, out=start)
-            name = store.channel_name(k)
-            statistics[name] = Statistics.of(channel)
-            store.write_block(task.address, store.image_path(name), core, channel)
+            statistics |= _write_channel(task, k, core, start, end)
             start = end
-    return TaskResult(task.block, statistics, computed=len(task.stages) - empty, empty=empty)
+    return TaskResult(task.block, statistics, computed=len(stages) - empty, empty=empty)
+
+
+def _move_block(job: _Job, task: Task, cells: CellWork) -> TaskResult:
+    """Move a block's voxels to what their cells say."""
+    core, stage, work = job.grid.core(task.block), task.work.stages[0], task.work
+    start = _read_core(job, stage, core)
+    empty = job.parameters.constraint != "unconstrained" and not _has_values(start)
+    if empty:
+        end = start.copy()
+    elif work.kind == "scatter":
+        end = cells.scatter(start, core)
+    else:
+        path = store.work_path(cells.start_of_relaxing(work))
+        end = cells.relax(store.read_block(job.work, path, core), core)
+    if work.last < job.stages[stage].steps:
+        cells.write_means(core, end)
+        if task.nature.sign == 0:
+            path = store.work_path(part_name(stage - 1, work.number))
+            store.write_block(job.work, path, core, end)
+        return TaskResult(task.block, {}, computed=0, empty=0)
+    statistics = _write_field(job, task, stage, core, end)
+    statistics |= _write_channel(task, stage - 1, core, start, end)
+    return TaskResult(task.block, statistics, computed=int(not empty), empty=int(empty))
+
+
+def _write_field(
+    job: _Job, task: Task, stage: int, core: Region, field: NDArray[Any]
+) -> dict[str, Statistics]:
+    """Write what `stage` ends with, and what the next one needs of it; the residual at last."""
+    if stage == len(job.steps):
+        store.write_block(task.address, store.image_path(store.RESIDUAL), core, field)
+        return {store.RESIDUAL: Statistics.of(field)}
+    store.write_block(job.work, store.work_path(field_name(stage)), core, field)
+    if job.stages[stage + 1].cell_domain:
+        job.cells(stage + 1, task.nature).write_means(core, field)
+    return {}
+
+
+def _write_channel(
+    task: Task, k: int, core: Region, start: NDArray[Any], end: NDArray[Any]
+) -> dict[str, Statistics]:
+    """Write ``I(t_{k-1}) - I(t_k)``: the sum of all telescopes (Li 2022). `start` is used up."""
+    channel = np.subtract(start, end, out=start)
+    name = store.channel_name(k)
+    store.write_block(task.address, store.image_path(name), core, channel)
+    return {name: Statistics.of(channel)}
 
 
 def _read(job: _Job, task: Task) -> tuple[NDArray[Any], HaloedBlock, tuple[int, ...]]:
@@ -253,7 +338,8 @@ def _read(job: _Job, task: Task) -> tuple[NDArray[Any], HaloedBlock, tuple[int, 
 
     A block with blank voxels takes a deeper one, unless nothing will become of it.
     """
-    depth, deeper = job.depths[task.stages[0]]
+    stage = job.stages[task.work.stages[0]]
+    depth, deeper = stage.depth, stage.blank_depth
     field, block = _read_with_halo(job, task, depth)
     if depth == deeper or not np.isnan(field.min()) or _is_empty(job.parameters, field, block):
         return field, block, depth
@@ -264,12 +350,20 @@ def _read(job: _Job, task: Task) -> tuple[NDArray[Any], HaloedBlock, tuple[int, 
 def _read_with_halo(
     job: _Job, task: Task, depth: tuple[int, ...]
 ) -> tuple[NDArray[Any], HaloedBlock]:
-    stage = task.stages[0]
+    stage, number = task.work.stages[0], task.work.number
     block = haloed_block(job.grid, task.block, depth, job.parameters.boundary)
+    if number:
+        path = store.work_path(part_name(stage - 1, number - 1))
+        return store.read_block(job.work, path, block.outer), block
+    return _read_core(job, stage, block.outer), block
+
+
+def _read_core(job: _Job, stage: int, region: Region) -> NDArray[Any]:
+    """A region of the field that `stage` starts from."""
     if job.has_source(stage):
         # opened for every task: a handle that outlives one is state that a retry would inherit
-        return read_field(open_source(job.source), block.outer, job.parameters), block
-    return store.read_block(task.address, store.field_path(stage - 1), block.outer), block
+        return read_field(open_source(job.source), region, job.parameters)
+    return store.read_block(job.work, store.work_path(field_name(stage - 1)), region)
 
 
 def _is_empty(parameters: Parameters, field: NDArray[Any], block: HaloedBlock) -> bool:
@@ -283,12 +377,19 @@ def _is_empty(parameters: Parameters, field: NDArray[Any], block: HaloedBlock) -
             return False
     else:
         field = field[block.inner]
+    return not _has_values(field)
+
+
+def _has_values(field: NDArray[Any]) -> bool:
+    """Whether there is anything but zeros and blank voxels."""
     low, high = np.fmin.reduce(field, axis=None), np.fmax.reduce(field, axis=None)
-    return not (low < 0 or high > 0)  # both NaN where all is blank
+    return bool(low < 0 or high > 0)  # both NaN where all is blank
 
 
-def _diffuse(job: _Job, k: int, field: NDArray[Any], block: HaloedBlock) -> NDArray[Any]:
-    return job.engine.diffuse(field, job.diffusion(k, block.faces, starts(block.outer)))
+def _diffuse(
+    job: _Job, k: int, field: NDArray[Any], block: HaloedBlock, count: int | None = None
+) -> NDArray[Any]:
+    return job.engine.diffuse(field, job.diffusion(k, block.faces, starts(block.outer), count))
 
 
 def _diffuse_refined(
@@ -305,7 +406,7 @@ def _diffuse_refined(
     parameters, shape = job.parameters, job.grid.shape
     origin = starts(block.outer)
     core = shifted(block.inner, origin)
-    tiles = Grid(tuple(s.stop - s.start for s in core), job.tiles[channels.start + 1])
+    tiles = Grid(tuple(s.stop - s.start for s in core), job.stages[channels.start + 1].tile)
     cores = [np.empty(tiles.shape, field.dtype) for _ in range(len(channels) + 1)]
     for place in map(tiles.core, range(len(tiles))):
         around = with_halo(shifted(place, starts(core)), shape, depth, parameters.boundary)

@@ -12,11 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cdd_dask"
 LAYERS = (
     ("errors", "parameters", "tables", "statistics"),
-    ("scales", "kernels", "time_stepping", "boundaries", "refinement", "halo", "pyramid"),
+    ("scales", "kernels", "time_stepping", "boundaries", "refinement", "halo", "pyramid", "closure"),
     ("engines",),
-    ("blocks", "memory", "plans", "planner"),
+    ("blocks", "memory", "regimes", "plans", "planner", "working"),
     ("readers", "store"),
-    ("task",),
+    ("cell_tasks", "task"),
     ("executors",),
     ("progress", "resources", "output", "decomposition", "run"),
     ("api", "compat", "config", "exporting", "verification"),

@@ -1,0 +1,263 @@
+"""What one worker does with one block of cells, or with a block's voxels and their cells.
+
+::
+
+    smooth    means of cells → the smooth field on the cells
+    gather    voxels, smooth field → groups of deviations
+    evolve    groups (or means) → smooth fields of later steps
+    scatter   voxels, smooth fields → channel and next field
+    relax     voxels, smooth field → their next state and its means; at last channel and next field
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdd_dask import store
+from cdd_dask.blocks import Grid, Region
+from cdd_dask.boundaries import CUT
+from cdd_dask.closure import HALO, cell_shape, closure_kernels, coarse_shape, group_sizes
+from cdd_dask.engines import Diffusion, Engine
+from cdd_dask.engines.cells import (
+    CellFaces,
+    Cells,
+    Evolution,
+    cell_means,
+    evolved,
+    gathered,
+    group_weights,
+    interpolated,
+    normalised,
+)
+from cdd_dask.engines.reference import constrain
+from cdd_dask.kernels import Kernel
+from cdd_dask.parameters import Parameters
+from cdd_dask.plans import Pass, Stage
+from cdd_dask.pyramid import pyramid_level
+from cdd_dask.time_stepping import Steps
+from cdd_dask.working import (
+    Nature,
+    field_name,
+    groups_name,
+    kept_steps,
+    means_name,
+    part_name,
+    smooth_name,
+    snapshots_name,
+)
+
+PAD_MODES: dict[str, Any] = {"reflect": "symmetric", "mirror": "reflect", "wrap": "symmetric"}
+"""How NumPy completes cells at a face. Where the volume wraps around its end is mirrored: a block
+there does not have the volume's beginning."""
+
+
+@dataclass(frozen=True)
+class CellWork:
+    """What all tasks on the cells of one channel share."""
+
+    parameters: Parameters
+    grid: Grid
+    """The volume cut into blocks."""
+    stage: Stage
+    steps: Steps
+    nature: Nature
+    work: str
+    """Address of the store with the working arrays."""
+    engine: Engine
+
+    @property
+    def k(self) -> int:
+        """Number of the channel."""
+        return self.stage.number - 1
+
+    @property
+    def halo(self) -> tuple[int, ...]:
+        """Cells around the volume's, per axis."""
+        return tuple(HALO * (level > 0) for level in self.stage.levels)
+
+    def smooth(self, block: int) -> None:
+        """The smooth field on a block of cells, from their means."""
+        core, cells, how = self._block(block)
+        means = self._read(means_name(self.k), cells)
+        values = [how.smoothed(means[0])]
+        if self.nature.masked:
+            values.append(how.smoothed(means[1] + how.held(means[1].shape)))
+        self._write(smooth_name(self.k), core, [self._core(core, cells, v) for v in values])
+
+    def evolve(self, one: Pass, block: int) -> None:
+        """Some steps of a block of cells."""
+        core, cells, how = self._block(block)
+        count = len(group_sizes(2 ** sum(self.stage.levels)))
+        if self.stage.regime == "linear":
+            count = 0
+        if one.number:
+            values = self._read(groups_name(self.k, one.number), self._in_domain(cells))
+        else:
+            name = groups_name(self.k, 0) if count else means_name(self.k)
+            values = self._read(name, cells)
+        state, kept = Cells.of(values, count), kept_steps(self.stage, self.nature.sign)
+        first = self._read(smooth_name(self.k), self._around(cells))
+        for step, field in evolved(state, first, how, range(one.first, one.last)):
+            if step in kept:
+                values = self._core(core, cells, field)
+                self._write(snapshots_name(self.k), core, [values], kept.index(step))
+        if one.last < self.stage.steps:
+            around = [(h, h) for h in self.halo]
+            values = np.pad(state.stored(), [(0, 0), *around], "edge")
+            parts = [self._core(core, cells, value) for value in values]
+            self._write(groups_name(self.k, one.number + 1), core, parts)
+
+    def gather(self, block: int) -> None:
+        """The groups of the cells of a block of voxels."""
+        core = self.grid.core(block)
+        cells = cells_of(core, self.stage.levels)
+        field = self.completed(
+            store.read_block(self.work, store.work_path(field_name(self.k)), core)
+        )
+        smooth = self._interpolated(self._read(smooth_name(self.k), self._around(cells)))
+        groups, counts = gathered(field, smooth, cell_shape(self.stage.levels))
+        means = self._read(means_name(self.k), cells)
+        weights = group_weights(counts, 2 ** sum(self.stage.levels), field.dtype)
+        base = means[0] - (weights * groups).sum(axis=0)
+        self._write(groups_name(self.k, 0), cells, [*groups, base, *means[1:]])
+
+    def scatter(self, field: NDArray[Any], core: Region) -> NDArray[Any]:
+        """The block's voxels after all steps of the channel."""
+        around = self._around(cells_of(core, self.stage.levels))
+        share = self._read(smooth_name(self.k), around)[1:]
+        kept = kept_steps(self.stage, self.nature.sign)
+        snapshots = self._read(snapshots_name(self.k), around)
+        if len(kept) == 1:
+            return self._moved(field, self._interpolated([snapshots[0], *share]))
+        for (low, first), (high, second) in pairwise(zip(kept, snapshots, strict=True)):
+            for step in range(low, high):
+                part = (step - low) / (high - low)
+                between = first + field.dtype.type(part) * (second - first)
+                field = self._moved(field, self._interpolated([between, *share]))
+        return self._moved(field, self._interpolated([snapshots[-1], *share]))
+
+    def relax(self, field: NDArray[Any], core: Region) -> NDArray[Any]:
+        """The block's voxels after one step."""
+        around = self._around(cells_of(core, self.stage.levels))
+        return self._moved(field, self._interpolated(self._read(smooth_name(self.k), around)))
+
+    def start_of_relaxing(self, one: Pass) -> str:
+        """The working field that a step starts from.
+
+        Of one sign, voxels follow from their first values and the last smooth field alone.
+        """
+        history = one.number > 0 and self.nature.sign == 0
+        return part_name(self.k, one.number - 1) if history else field_name(self.k)
+
+    def completed(self, field: NDArray[Any]) -> NDArray[Any]:
+        """A block's core with its last cells made whole beyond the volume's face."""
+        cell = cell_shape(self.stage.levels)
+        more = [(0, -n % f) for n, f in zip(field.shape, cell, strict=True)]
+        if not any(after for _, after in more):
+            return field
+        mode = PAD_MODES.get(self.parameters.boundary)
+        if mode is None:  # voxels there hold a value, and take no part
+            return np.pad(field, more, constant_values=np.nan)
+        return np.pad(field, more, mode)
+
+    def write_means(self, core: Region, field: NDArray[Any]) -> None:
+        """Write the means of the cells of a block's core, and the share that takes part."""
+        cells = cells_of(core, self.stage.levels)
+        means, share = cell_means(self.completed(field), cell_shape(self.stage.levels))
+        held = self._evolution(starts_of(cells)).held(means.shape)
+        values = [means + (held * self.parameters.cval if np.any(held) else 0), share]
+        shape = store.work_array(self.work, means_name(self.k)).shape
+        self._write(means_name(self.k), cells, values[: shape[0]])
+
+    def _moved(self, field: NDArray[Any], smooth: NDArray[Any]) -> NDArray[Any]:
+        """`field` after one step towards `smooth`, which reaches to the end of its cells."""
+        smooth = smooth[tuple(slice(0, n) for n in field.shape)]
+        sign, constraint = self.nature.sign, self.parameters.constraint
+        if constraint == "unconstrained":
+            moved: NDArray[Any] = np.where(np.isnan(field), field, smooth)
+            return moved
+        if constraint == "constrained" and sign:
+            (np.minimum if sign > 0 else np.maximum)(field, smooth, out=smooth)
+            return smooth
+        field = field.copy()
+        constrain(field, smooth, constraint)
+        return field
+
+    def _interpolated(self, smooth: Any) -> NDArray[Any]:
+        """``U S``, normalised where there are blanks: values are the smooth field and share."""
+        field = interpolated(smooth[0], self.stage.levels)
+        if not self.nature.masked:
+            return field
+        return normalised(field, interpolated(smooth[1], self.stage.levels))
+
+    def _block(self, block: int) -> tuple[Region, Region, Evolution]:
+        """A block's core in the domain, the cells that it needs, and how they evolve."""
+        domain = Grid(self.stage.cell_domain, self.stage.cell_block)
+        core = domain.core(block)
+        count = coarse_shape(self.grid.shape, self.stage.levels)
+        cells = tuple(
+            slice(max(0, s.start - h - depth), min(n, s.stop - h + depth))
+            for s, h, depth, n in zip(core, self.halo, self.stage.cell_depth, count, strict=True)
+        )
+        return core, cells, self._evolution(starts_of(cells))
+
+    def _evolution(self, start: tuple[int, ...]) -> Evolution:
+        levels, rule = self.stage.levels, self.parameters.boundary
+        return Evolution(
+            CellFaces(start, self.grid.shape, levels, rule, self.parameters.cval),
+            closure_kernels(self.steps, levels),
+            self.halo,
+            self.parameters.constraint,
+            self.nature.sign,
+            self.nature.masked,
+            self._smooth_once,
+        )
+
+    def _smooth_once(self, cells: NDArray[Any], kernels: tuple[Kernel, ...]) -> NDArray[Any]:
+        faces = ((CUT, CUT),) * cells.ndim
+        levels = tuple(map(pyramid_level, kernels)) if self.engine.has_pyramid else ()
+        phase = (0,) * cells.ndim
+        step = Diffusion(Steps(1, kernels), "unconstrained", faces, levels=levels, phase=phase)
+        return self.engine.diffuse(cells.copy(), step)
+
+    def _core(self, core: Region, cells: Region, values: NDArray[Any]) -> NDArray[Any]:
+        """A block's core from values of `cells` and `halo` more on every side."""
+        return values[
+            tuple(
+                slice(s.start - c.start, s.stop - c.start) for s, c in zip(core, cells, strict=True)
+            )
+        ]
+
+    def _around(self, cells: Region) -> Region:
+        """The places in the domain of cells and those around them."""
+        return tuple(slice(c.start, c.stop + 2 * h) for c, h in zip(cells, self.halo, strict=True))
+
+    def _in_domain(self, cells: Region) -> Region:
+        """The places in the domain of cells."""
+        return tuple(slice(c.start + h, c.stop + h) for c, h in zip(cells, self.halo, strict=True))
+
+    def _read(self, name: str, cells: Region) -> NDArray[Any]:
+        """All values of some cells."""
+        count = store.work_array(self.work, name).shape[0]
+        return store.read_block(self.work, store.work_path(name), (slice(0, count), *cells))
+
+    def _write(self, name: str, cells: Region, values: Any, first: int = 0) -> None:
+        """Write values of some cells, from the value numbered `first` on."""
+        region = (slice(first, first + len(values)), *cells)
+        store.write_block(self.work, store.work_path(name), region, np.stack(values))
+
+
+def cells_of(core: Region, levels: tuple[int, ...]) -> Region:
+    """The cells that a block's core is made of."""
+    cell = cell_shape(levels)
+    return tuple(slice(s.start // f, -(-s.stop // f)) for s, f in zip(core, cell, strict=True))
+
+
+def starts_of(cells: Region) -> tuple[int, ...]:
+    """Number of the first cell per axis."""
+    return tuple(s.start for s in cells)

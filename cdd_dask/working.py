@@ -1,0 +1,136 @@
+"""The working arrays of a run: what every pass reads and writes besides its outputs.
+
+Each is made before the first pass that writes it, and removed after the last that uses it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cdd_dask.blocks import Grid
+from cdd_dask.closure import SNAPSHOTS, coarse_shape, group_sizes
+from cdd_dask.plans import Pass, Plan, Stage
+from cdd_dask.regimes import has_shares
+
+
+@dataclass(frozen=True)
+class Nature:
+    """What the source turned out to be, which decides what has to be kept."""
+
+    sign: int
+    """1 or -1 where no voxel (nor `cval`) has the other sign, 0 where both occur."""
+    masked: bool
+    """Whether there are blank voxels."""
+
+
+def field_name(k: int) -> str:
+    """The field that channel `k` starts from."""
+    return f"field_{k:02d}"
+
+
+def part_name(k: int, number: int) -> str:
+    """The field between two passes of channel `k`; two of them serve in turn."""
+    return f"field_{k:02d}_part_{number % 2}"
+
+
+def means_name(k: int) -> str:
+    """Means of cells, and the share of their voxels that take part."""
+    return f"means_{k:02d}"
+
+
+def smooth_name(k: int) -> str:
+    """The smooth field on the cells, and the smooth share."""
+    return f"smooth_{k:02d}"
+
+
+def groups_name(k: int, number: int) -> str:
+    """Groups of cells before an evolution's pass."""
+    return f"groups_{k:02d}_part_{number}"
+
+
+def snapshots_name(k: int) -> str:
+    """Smooth fields that voxels will be moved to."""
+    return f"snapshots_{k:02d}"
+
+
+def kept_steps(stage: Stage, sign: int) -> tuple[int, ...]:
+    """The steps whose smooth fields voxels need: of one sign only the last.
+
+    Voxels of changing sign follow all of them; between those kept they are interpolated.
+    """
+    last = stage.steps - 1
+    if sign or stage.regime == "linear":
+        return (last,)
+    stride = -(-stage.steps // (SNAPSHOTS - 1))
+    return (*range(0, last, stride), last)
+
+
+def uses(plan: Plan, one: Pass) -> tuple[set[str], set[str]]:
+    """Names of the working arrays that a pass reads and of those that it writes.
+
+    As if the field had both signs: an array that is not made is not missed.
+    """
+    number = one.stages[0]
+    stages = {stage.number: stage for stage in plan.stages}
+    stage, last = stages[number], one.stages[-1] == plan.stages[-1].number
+    k, after = number - 1, one.stages[-1]
+    following = set() if last else {field_name(after)}
+    if not last and stages[after + 1].cell_domain:
+        following |= {means_name(after)}
+    start = {field_name(k)} if k > 0 or plan.copy_in else set()
+    ends = one.last == stages[one.stages[-1]].steps
+    if one.kind == "copy":
+        return set(), following
+    if one.kind == "diffuse":
+        here = {part_name(k, one.number - 1)} if one.number else set()
+        reads = (here or start) | (start if ends else set())
+        return reads, following if ends else {part_name(k, one.number)}
+    if one.kind == "smooth":
+        return {means_name(k)}, {smooth_name(k)}
+    if one.kind == "gather":
+        return start | {means_name(k), smooth_name(k)}, {groups_name(k, 0)}
+    if one.kind == "evolve":
+        first = means_name(k) if stage.regime == "linear" else groups_name(k, 0)
+        reads = {groups_name(k, one.number) if one.number else first, smooth_name(k)}
+        more = set() if ends else {groups_name(k, one.number + 1)}
+        return reads, more | {snapshots_name(k)}
+    if one.kind == "scatter":
+        return start | {snapshots_name(k), smooth_name(k)}, following
+    moved = {part_name(k, one.number - 1)} if one.number else set()
+    here = {means_name(k)} if not ends else following
+    return start | moved | {smooth_name(k)}, here | (set() if ends else {part_name(k, one.number)})
+
+
+def geometry(plan: Plan, name: str, nature: Nature) -> Grid | None:
+    """Shape and blocks of a working array; None where a field of this nature needs none.
+
+    Arrays of cells have their values along a first axis.
+    """
+    kind, number, *part = name.split("_")
+    k = int(number)
+    if kind == "field":
+        history = part and plan.stages[-1].number and _streams(plan, k)
+        return None if history and nature.sign else plan.grid
+    stage = next(stage for stage in plan.stages if stage.number == k + 1)
+    shared = int(has_shares(plan.parameters, plan.volume.shape, stage.levels) or nature.masked)
+    values = {
+        "means": 1 + shared,
+        "smooth": 1 + nature.masked,
+        "groups": _groups(stage) + 1 + shared,
+        "snapshots": len(kept_steps(stage, nature.sign)),
+    }[kind]
+    by_voxels = kind == "means" or (kind == "groups" and part[-1] == "0")
+    if not by_voxels:
+        at_once = 1 if kind == "snapshots" else values  # which are written one after the other
+        return Grid((values, *stage.cell_domain), (at_once, *stage.cell_block))
+    cells = coarse_shape(plan.volume.shape, stage.levels)
+    block = coarse_shape(plan.block, stage.levels)
+    return Grid((values, *cells), (values, *block))
+
+
+def _groups(stage: Stage) -> int:
+    return len(group_sizes(2 ** sum(stage.levels))) if stage.regime == "closure" else 0
+
+
+def _streams(plan: Plan, k: int) -> bool:
+    return any(stage.number == k + 1 and stage.regime == "stream" for stage in plan.stages)
