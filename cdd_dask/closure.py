@@ -33,8 +33,16 @@ SNAPSHOTS = 32
 """Smooth fields of one channel that are kept for voxels of changing sign."""
 
 
-def closure_levels(steps: Steps, largest: tuple[int, ...]) -> tuple[int, ...]:
+EXACT_VARIANCE = 5.0
+"""Variance, in cells, left for the small kernel where cells are to be no source of error."""
+
+
+def closure_levels(
+    steps: Steps, largest: tuple[int, ...], least_variance: float = SMALLEST_VARIANCE
+) -> tuple[int, ...]:
     """How often the grid is halved along each axis, at most `largest` times.
+
+    The small kernel keeps `least_variance` cells².
 
     Examples
     --------
@@ -47,7 +55,7 @@ def closure_levels(steps: Steps, largest: tuple[int, ...]) -> tuple[int, ...]:
     levels = []
     for kernel, most in zip(steps.kernels, largest, strict=True):
         level = 0
-        while level < most and variance_left(kernel, level + 1, True) >= SMALLEST_VARIANCE:
+        while level < most and variance_left(kernel, level + 1, True) >= least_variance:
             level += 1
         levels.append(level)
     return tuple(levels)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from cdd_dask.blocks import Grid, haloed_shape, haloed_voxels
 from cdd_dask.closure import (
+    EXACT_VARIANCE,
     HALO,
     SNAPSHOTS,
     STENCIL,
@@ -30,7 +31,7 @@ from cdd_dask.closure import (
 )
 from cdd_dask.halo import halo_depth
 from cdd_dask.parameters import Parameters
-from cdd_dask.pyramid import smallest_rtol
+from cdd_dask.pyramid import SMALLEST_VARIANCE, smallest_rtol
 from cdd_dask.time_stepping import Steps
 
 CLOSURE_RTOL = 1e-3
@@ -164,7 +165,8 @@ def coarse_options(
     fits: Callable[[Regime], bool],
 ) -> Iterator[Regime]:
     """The evolution of the cells in several numbers of passes, in the largest blocks that fit."""
-    levels = closure_levels(steps, largest_levels(grid))
+    least_variance = SMALLEST_VARIANCE if name == "closure" else EXACT_VARIANCE
+    levels = closure_levels(steps, largest_levels(grid), least_variance)
     if not any(levels):
         return
     nothing = (0,) * len(levels)

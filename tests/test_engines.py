@@ -145,6 +145,18 @@ def assert_close(result: Field, expected: Field, field: Field, context: object =
 # agreement
 
 
+@pytest.mark.parametrize("rule", sorted(NUMPY_MODE))
+@pytest.mark.parametrize("size", [513, 600, 1101, 262145])
+def test_rows_of_several_tiles(engine: Engine, size: int, rule: str):
+    """Rows longer than what is computed at once, with ends that need what lies far away."""
+    if engine.name != "cpu" and size > 2000:
+        pytest.skip("no tiles, and slow")
+    shape = (2, 3, size) if size < 2000 else (size,)
+    field = positive(shape, np.float32)
+    what = diffusion(len(shape), 0.9, 3, rule=rule, cval=0.5)
+    assert_close(run(engine, field, what), plain(field, what), field)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 @pytest.mark.parametrize(

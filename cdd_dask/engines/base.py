@@ -27,7 +27,8 @@ class Diffusion:
     constraint: str
     """``constrained``, ``inverted`` or ``unconstrained``."""
     faces: Faces
-    """Rule of every face. A `CUT` face takes any extension."""
+    """Rule of every face: one for both faces of an axis, if neither is `CUT`, which takes any
+    extension."""
     cval: float = 0.0
     """Value beyond ``constant`` faces, in the field's unit."""
     levels: tuple[int, ...] = ()

@@ -164,9 +164,10 @@ def group_weights(counts: NDArray[Any], voxels: int, dtype: Any) -> NDArray[Any]
     known, place = np.unique(counts, return_inverse=True)
     table = np.array([np.diff(group_borders(voxels, int(n))) / voxels for n in known], dtype)
     if len(known) == 1:
-        return table[0].reshape(-1, *(1,) * counts.ndim)
-    weights: NDArray[Any] = np.moveaxis(table[place.reshape(counts.shape)], -1, 0)
-    return weights
+        alike: NDArray[Any] = table[0].reshape(-1, *(1,) * counts.ndim)
+        return alike
+    weights: NDArray[Any] = table[place.reshape(counts.shape)]
+    return np.moveaxis(weights, -1, 0)
 
 
 @dataclass(frozen=True)

@@ -123,16 +123,21 @@ def _extend(rows, place, index, first, count, left, begin, end, cval):  # type: 
 
 
 @compiled
-def _wrap(field, sources, rows, targets, weights, by, place, width):  # type: ignore[no-untyped-def]
-    """Smooth the field's other end, which lies `by` voxels along the rows of `sources`."""
+def _wrap(field, sources, rows, targets, weights, by, place, width, outside):  # type: ignore[no-untyped-def]
+    """Smooth the field's other end, which lies `by` voxels along the rows of `sources`.
+
+    Whole vectors are written: what lies behind `place` has to be made afterwards.
+    """
     count = BATCH + 2 * len(weights)
     for i in range(count):
-        sources[i] += np.uintp(by * field.itemsize)
+        if sources[i] != address(outside, 0):
+            sources[i] += np.uintp(by * field.itemsize)
     for b in range(BATCH):
         targets[b] = address(rows, b * ROW + place)
     _smooth_across(field, sources, 0, rows, targets, weights, width)
     for i in range(count):
-        sources[i] -= np.uintp(by * field.itemsize)
+        if sources[i] != address(outside, 0):
+            sources[i] -= np.uintp(by * field.itemsize)
 
 
 @compiled
@@ -156,7 +161,7 @@ def step(field, out, share, shape, region, index, weights, rule, cval, scratch):
     region
         ``(z0, z1, y0, y1)``: what to compute, of whole rows.
     index
-        Per axis where the values at ``-r … n + r - 1`` (and `TILE_ROWS` more) come from; -1 where
+        Per axis where the values at ``-r … n + r - 1`` (and `BATCH` more) come from; -1 where
         they are `cval`.
     weights
         Per axis, twice the weights at distances 1 to `r`; none along an axis to leave alone.
@@ -180,8 +185,9 @@ def step(field, out, share, shape, region, index, weights, rule, cval, scratch):
     high = max(BATCH, min(TILE_ROWS, high))
     for top in range(y0, y1, high):
         bottom = min(top + high, y1)
-        for left in range(0, nx, tile):
-            width = min(tile, nx - left)
+        for t in range(tiles):
+            left = nx * t // tiles
+            width = nx * (t + 1) // tiles - left
             begin, end = max(left - rx, 0), min(left + width + rx, nx)
             plane = z0 - rz  # the next to smooth
             newest, oldest = 0, 0  # their places in the ring
@@ -200,14 +206,24 @@ def step(field, out, share, shape, region, index, weights, rule, cval, scratch):
                                 sources[i] = address(outside, 0)
                             else:
                                 sources[i] = address(field, (source * ny + k) * nx + begin)
+                        if rx > 0 and left == 0 and xi[0] >= end:  # beyond is the other end
+                            by = nx - rx - begin
+                            _wrap(field, sources, rows, targets, wy, by, MARGIN - rx, rx, outside)
                         for b in range(BATCH):
                             targets[b] = address(rows, b * ROW + MARGIN + begin - left)
                         _smooth_across(field, sources, BATCH * nx, rows, targets, wy, end - begin)
-                        if rx > 0 and left == 0 and xi[0] >= end:  # beyond is the other end
-                            by = nx - rx - begin
-                            _wrap(field, sources, rows, targets, wy, by, MARGIN - rx, rx)
                         if rx > 0 and left + width == nx and 0 <= xi[nx + rx] < begin:
-                            _wrap(field, sources, rows, targets, wy, -begin, MARGIN + width, rx)
+                            _wrap(
+                                field,
+                                sources,
+                                rows,
+                                targets,
+                                wy,
+                                -begin,
+                                MARGIN + width,
+                                rx,
+                                outside,
+                            )
                         if left == 0:
                             _extend(rows, -rx, xi, 0, rx, left, begin, end, cval)
                         if left + width == nx:

@@ -14,13 +14,32 @@ not depend on whether it lies in a vector or in what is left of a row.
 
 from __future__ import annotations
 
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-compiled = njit(nogil=True, cache=True, error_model="numpy")
+_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+_STAMP = sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:12]
+
+
+def compiled(function: Any) -> Any:
+    """Compile a function when it is first called, and keep it on disk where that can be done.
+
+    Numba looks whether the file of a function has changed, but not those that it calls: here its
+    name stands for all of them.
+    """
+    function.__qualname__ += f"_{_STAMP}"
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder for it can be written
+        return njit(**options)(function)
+
+
 _WORD = ir.IntType(64)
 
 

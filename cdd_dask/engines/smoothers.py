@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -117,6 +118,7 @@ class _Fused(Smoother):
     def __init__(self, axes: list[Axis], means: Means) -> None:
         # one radius for all axes: what is compiled depends on it
         radius = max(axis.kernel.radius for axis in axes)
+        assert radius <= fused.LARGEST_RADIUS, radius
         self._shape = tuple(axis.size for axis in axes)
         self._weights = tuple(_twice(axis.kernel, radius, means.working) for axis in axes)
         self._index = tuple(
@@ -275,7 +277,7 @@ class Pyramid(Smoother):
         self._next = np.empty(self._cells[0].size, dtype) if depth > 1 else self._cells[0]
         self._plain = [_Plain.of(*way.down(0), bool(way.level), way.size(1)) for way in ways[:2]]
         coarsest = [way.coarsest() for way in ways]
-        self._kernel = _Fused(coarsest, replace(means, field=dtype))
+        self._kernel = smoother_of(coarsest, replace(means, field=dtype))
         longest = max(len(index[2]) for index in self._down) + 2 * self._shapes[0][2]
         arrays = longest, means.field, dtype, means.cval
         self._scratch = [(coarse.row_arrays(*arrays),) for _ in range(means.team.size)]
@@ -291,6 +293,8 @@ class Pyramid(Smoother):
         self._spread(self._smoothed(), field, out, share, rule, 0)
 
     def run(self, field: NDArray[Any], share: Share, rule: Any, count: int) -> NDArray[Any]:
+        if len(self._team.borders(self._shapes[0][0], 2 * PLANES)) <= self._team.size:
+            return super().run(field, share, rule, count)  # too few planes for all threads
         self._gather(field, self._cells[0], 0)
         for _ in range(count - 1):
             self._turn(self._smoothed(), field, share, rule)
@@ -347,8 +351,12 @@ class Pyramid(Smoother):
             done = max(first, planes.ready(stop))
             rest.append((first, done, lines.ready(ny), my))
         rest.append((done, mz, 0, my))
-        for region in rest:
-            self._gather_part(field, self._next, 0, region, *self._scratch[0])
+        gather = partial(self._gather_part, field, self._next, 0)
+        for z0, z1, y0, y1 in rest:
+            if z0 < z1 and y0 < y1:
+                shares = np.linspace(y0, y1, self._team.size + 1).astype(int).tolist()
+                parts_of_it = [((z0, z1, a, b),) for a, b in pairwise(shares)]
+                self._team.run(gather, parts_of_it, self._scratch)
 
     def _gather(self, field: NDArray[Any], cells: NDArray[Any], level: int) -> None:
         shapes = self._shapes[level : level + 2]
