@@ -91,6 +91,12 @@ class _Job:
             self.as_if_blank,
         )
 
+    def diffuse(
+        self, k: int, field: NDArray[Any], faces: Faces, start: tuple[int, ...]
+    ) -> NDArray[Any]:
+        """A block that begins at `start` after the steps of channel `k`."""
+        return self.engine.diffuse(field, self.diffusion(k, faces, start))
+
     @cached_property
     def engine(self) -> Engine:
         """The engine, loaded when it first computes: a process that only copies needs none."""
@@ -288,7 +294,7 @@ def _is_empty(parameters: Parameters, field: NDArray[Any], block: HaloedBlock) -
 
 
 def _diffuse(job: _Job, k: int, field: NDArray[Any], block: HaloedBlock) -> NDArray[Any]:
-    return job.engine.diffuse(field, job.diffusion(k, block.faces, starts(block.outer)))
+    return job.diffuse(k, field, block.faces, starts(block.outer))
 
 
 def _diffuse_refined(
@@ -320,11 +326,7 @@ def _diffuse_refined(
             around.faces,
             parameters.cval,
         )
-        cells, faces = refinement.refine(part), refinement.cell_faces(part.shape)
-        start = refinement.first_cell(starts(around.outer), part.shape)
-        # what the cells give back of the field is what the channels are counted from
-        cores[0][place] = refinement.coarsen(cells, part.shape)[around.inner]
-        for values, k in zip(cores[1:], channels, strict=True):
-            cells = job.engine.diffuse(cells, job.diffusion(k, faces, start))
-            values[place] = refinement.coarsen(cells, part.shape)[around.inner]
+        states = refinement.states(part, starts(around.outer), channels, job.diffuse)
+        for values in cores:
+            values[place] = next(states)[around.inner]
     return cores
