@@ -224,14 +224,32 @@ def spectrum(store: str, csv_file: Any) -> None:
 @cli.command()
 @click.argument("store")
 @click.option("--source", help="What was decomposed.  [default: what the store remembers]")
+@click.option(
+    "--sample",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Recompute N random blocks of every channel, more exactly, and compare.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random choice.")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What a recomputation may take, like 500MB.  [default: half of what is free]",
+)
 @click.option("--progress/--quiet", default=True, show_default=True,
               help="Whether progress is shown.")  # fmt: skip
-def verify(store: str, source: str | None, progress: bool) -> None:
+def verify(store: str, **options: Any) -> None:
     """Check that STORE is whole and that its channels and residual sum up to the source."""
+    from cdd_dask.sampling import describe_samples
     from cdd_dask.verification import verify as check
 
-    _log_lines(progress)
-    click.echo(f"{check(store, source, progress=progress)}\n{store} is whole")
+    _log_lines(options["progress"])
+    found = check(store, **options)
+    click.echo(f"{found}\n{store} is whole")
+    if found.samples:
+        click.echo(f"\n{describe_samples(found.samples)}")
 
 
 @cli.command()

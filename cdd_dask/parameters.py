@@ -266,10 +266,10 @@ def check_number(
     return number
 
 
-def check_count(name: str, value: Any) -> int:
-    """The `value` of the argument `name`, which must be a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise InputError(f"{name}={value!r} must be a whole number >= 1")
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """The `value` of the argument `name`, which must be a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name}={value!r} must be a whole number >= {least}")
     return int(value)
 
 

@@ -40,9 +40,8 @@ REACH_OF_CASCADE = 4
 def coarse_levels(parameters: Parameters, steps: Steps) -> tuple[int, ...]:
     """How often `steps` may halve the grid along each axis, for the error that `rtol` allows.
 
-    A channel differs by up to 2e-4 of its L2 norm from that of full kernels, by 1e-3 if inverted,
-    and by 4e-3 at ``constant`` faces whose `cval` is not 0. Inverted fields at ``constant`` faces
-    are fed by the steepest gradients there are, and take full kernels.
+    A channel then differs by up to `pyramid_error` from that of full kernels. Inverted fields at
+    ``constant`` faces are fed by the steepest gradients there are, and take full kernels.
 
     Examples
     --------
@@ -66,6 +65,13 @@ def smallest_rtol(parameters: Parameters) -> float:
         if parameters.cval != 0:
             return SMALLEST_RTOL_AT_STEEP_FACES
     return SMALLEST_RTOL
+
+
+def pyramid_error(parameters: Parameters) -> float:
+    """How far a channel may be, in relative L2 norm, from that of full kernels."""
+    if parameters.boundary == "constant" and parameters.cval != 0:
+        return 4e-3
+    return 1e-3 if parameters.constraint == "inverted" else 2e-4
 
 
 def pyramid_level(kernel: Kernel) -> int:

@@ -15,6 +15,7 @@ that are not negative stay so.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -116,6 +117,34 @@ class Refinement:
             for (low, high), size in zip(self._left_out(field.shape), cells.shape, strict=True)
         )
         return np.ascontiguousarray(cells[kept])
+
+    def states(
+        self,
+        field: NDArray[Any],
+        start: tuple[int, ...],
+        channels: Iterable[int],
+        diffuse: Callable[[int, NDArray[Any], Faces, tuple[int, ...]], NDArray[Any]],
+    ) -> Iterator[NDArray[Any]]:
+        """The block before, between and after `channels`, computed on the refined grid.
+
+        What the cells give back of the field is what the channels are counted from.
+
+        Parameters
+        ----------
+        field
+            The block, which begins at `start` of the volume.
+        channels
+            Their numbers, in order.
+        diffuse
+            Takes a channel's number, cells, the rules of their faces and where they begin, and
+            returns the cells after that channel. It may overwrite those it is given.
+        """
+        cells, faces = self.refine(field), self.cell_faces(field.shape)
+        first = self.first_cell(start, field.shape)
+        yield self.coarsen(cells, field.shape)
+        for k in channels:
+            cells = diffuse(k, cells, faces, first)
+            yield self.coarsen(cells, field.shape)
 
     def coarsen(self, cells: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """The block of `shape` voxels whose cells are `cells`: every voxel its central mean."""

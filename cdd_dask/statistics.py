@@ -1,4 +1,4 @@
-"""Statistics of a field, gathered block by block."""
+"""Statistics of a field, gathered block by block, and how far two of them are apart."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+def difference(values: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float64]:
+    """Absolute differences; none where both are blank, infinite where one is.
+
+    Examples
+    --------
+    >>> difference(np.array([1.0, np.nan, np.nan]), np.array([3.0, np.nan, 0.0])).tolist()
+    [2.0, 0.0, inf]
+    """
+    off: NDArray[np.float64] = np.abs(values.astype(np.float64) - others)
+    off[np.isnan(off)] = np.inf
+    off[np.isnan(values) & np.isnan(others)] = 0.0
+    return off
 
 
 @dataclass(frozen=True)

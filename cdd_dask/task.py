@@ -82,16 +82,18 @@ class _Job:
     as_if_blank: bool
     """Whether all blocks are computed as if they had blank voxels: bits must not tell."""
 
-    def diffusion(
-        self, k: int, faces: Faces, start: tuple[int, ...], count: int | None = None
-    ) -> Diffusion:
-        """What the steps of channel `k` do to a block with such `faces` that begins at `start`.
-
-        All of them, or `count`.
-        """
-        levels = self.stages[k + 1].levels
-        return Diffusion(
-            self.steps[k] if count is None else replace(self.steps[k], count=count),
+    def diffuse(
+        self,
+        k: int,
+        field: NDArray[Any],
+        faces: Faces,
+        start: tuple[int, ...],
+        count: int | None = None,
+    ) -> NDArray[Any]:
+        """A block that begins at `start` after all steps of channel `k`, or `count` of them."""
+        levels, steps = self.stages[k + 1].levels, self.steps[k]
+        diffusion = Diffusion(
+            steps if count is None else replace(steps, count=count),
             self.parameters.constraint,
             faces,
             self.parameters.cval,
@@ -99,6 +101,7 @@ class _Job:
             tuple(place % 2**level for place, level in zip(start, levels, strict=True)),
             self.as_if_blank,
         )
+        return self.engine.diffuse(field, diffusion)
 
     @cached_property
     def engine(self) -> Engine:
@@ -389,7 +392,7 @@ def _has_values(field: NDArray[Any]) -> bool:
 def _diffuse(
     job: _Job, k: int, field: NDArray[Any], block: HaloedBlock, count: int | None = None
 ) -> NDArray[Any]:
-    return job.engine.diffuse(field, job.diffusion(k, block.faces, starts(block.outer), count))
+    return job.diffuse(k, field, block.faces, starts(block.outer), count)
 
 
 def _diffuse_refined(
@@ -421,11 +424,7 @@ def _diffuse_refined(
             around.faces,
             parameters.cval,
         )
-        cells, faces = refinement.refine(part), refinement.cell_faces(part.shape)
-        start = refinement.first_cell(starts(around.outer), part.shape)
-        # what the cells give back of the field is what the channels are counted from
-        cores[0][place] = refinement.coarsen(cells, part.shape)[around.inner]
-        for values, k in zip(cores[1:], channels, strict=True):
-            cells = job.engine.diffuse(cells, job.diffusion(k, faces, start))
-            values[place] = refinement.coarsen(cells, part.shape)[around.inner]
+        states = refinement.states(part, starts(around.outer), channels, job.diffuse)
+        for values in cores:
+            values[place] = next(states)[around.inner]
     return cores

@@ -19,7 +19,7 @@ LAYERS = (
     ("cell_tasks", "task"),
     ("executors",),
     ("progress", "resources", "output", "decomposition", "run"),
-    ("api", "compat", "config", "exporting", "verification"),
+    ("api", "compat", "config", "exporting", "sampling", "verification"),
     ("cli",),
 )
 """From the ground up; a file imports from its own layer and those below."""
