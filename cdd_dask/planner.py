@@ -26,8 +26,6 @@ SMALLEST_TILE = 8
 """Tiles on the refined grid are not made smaller than this, in voxels."""
 TILE_SHARES = (0.95, 0.8, 0.6, 0.4, 0.2)
 """Shares of a task's memory that a tile on the refined grid may take; the planner tries all."""
-DISK_SPEED = 2e8
-"""Bytes per second and task, compressed on the way, for estimates of time only."""
 
 
 def make_plan(
@@ -352,7 +350,7 @@ class _Draft:
             bytes_written=written * itemsize,
             peak_memory=memory.host,
             peak_device_memory=memory.device,
-            seconds=self._seconds(grid, computed * steps.count, (read + written) * itemsize),
+            seconds=self._seconds(grid, k, computed, read * itemsize, written * itemsize),
             error=self._error(k, depth, cut),
         )
 
@@ -398,13 +396,16 @@ class _Draft:
             bytes_written=self.field_bytes,
             peak_memory=replace(self.task_memory(grid, 0), haloed=grid.block, cells=None).host,
             peak_device_memory=0,
-            seconds=self._seconds(grid, 0, read + self.field_bytes),
+            seconds=self._seconds(grid, 0, 0, read, self.field_bytes),
             error="exact",
         )
 
-    def _seconds(self, grid: Grid, voxel_steps: int, moved: int) -> float:
-        """Rough time for `voxel_steps` and `moved` bytes, shared by the workers."""
-        alone = voxel_steps / self.resources.voxel_steps_per_second + moved / DISK_SPEED
+    def _seconds(self, grid: Grid, k: int, computed: int, read: int, written: int) -> float:
+        """Time for channel `k`'s steps of so many voxels and for bytes, shared by the workers."""
+        speeds, steps = self.resources.speeds, self.steps[k]
+        radius = max(kernel.radius for kernel in steps.kernels)
+        stepping = computed * steps.count * speeds.per_step(radius, any(self.levels[k]))
+        alone = stepping + read / speeds.read + written / speeds.written
         return alone / min(self.resources.workers, len(grid))
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("readers", "store"),
     ("task",),
     ("executors",),
-    ("progress", "resources", "output", "decomposition", "run"),
+    ("progress", "calibration", "resources", "output", "decomposition", "run"),
     ("api", "compat", "config", "exporting", "verification"),
     ("cli",),
 )
