@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cdd_dask import store
+from cdd_dask.calibration import calibrate as run_calibration
 from cdd_dask.decomposition import Decomposition
 from cdd_dask.errors import InputError, OutputAccessError, OutputExistsError
 from cdd_dask.executors import IN_PROCESS, start_executor
@@ -252,10 +253,11 @@ def plan(
     client: Any = None,
     overwrite: bool = False,
     progress: bool = True,
+    calibrate: bool = False,
 ) -> Plan:
     """What `decompose` would do with the same arguments, and what it would need.
 
-    Nothing is read but the source's metadata, and nothing is written.
+    Nothing is read but the source's metadata, and nothing is written unless by `calibrate`.
 
     Parameters
     ----------
@@ -267,6 +269,10 @@ def plan(
         path means a store on disk.
     overwrite, progress
         Without effect here, so that the same options can be given.
+    calibrate
+        First measure how fast the engine computes here and the disk of `out` is, in about 5 s, and
+        keep it in the user's cache folder, for every machine, engine and device. This plan and all
+        later ones take their times from it; results do not depend on it.
 
     All other parameters are those of `decompose`.
 
@@ -281,6 +287,8 @@ def plan(
         If an argument cannot be used.
     BudgetError
         If no sensible block fits the memory.
+    CalibrationError
+        If what `calibrate` measures cannot be kept.
 
     Examples
     --------
@@ -293,12 +301,20 @@ def plan(
     is_shape = isinstance(source_or_shape, tuple | list) and all(
         isinstance(n, Integral) and not isinstance(n, bool) for n in source_or_shape
     )
-    if not is_shape:
-        return _make_plan(open_source(source_or_shape), arguments)
-    shape = tuple(map(int, source_or_shape))
-    if not 1 <= len(shape) <= MAX_NDIM or min(shape) < 1:
-        raise InputError(f"shape {shape} must have 1 to {MAX_NDIM} axes of at least 1 voxel")
-    return _make_plan(shape, arguments)
+    source: Source | tuple[int, ...]
+    if is_shape:
+        source = tuple(map(int, source_or_shape))
+        if not 1 <= len(source) <= MAX_NDIM or min(source) < 1:
+            raise InputError(f"shape {source} must have 1 to {MAX_NDIM} axes of at least 1 voxel")
+    else:
+        source = open_source(source_or_shape)
+    if calibrate and client is not None:
+        raise InputError("calibrate=True measures this machine, not a client's: leave one out")
+    made = _make_plan(source, arguments)
+    if calibrate:
+        run_calibration(made.resources.engine, made.resources.device, out)
+        made = _make_plan(source, arguments)
+    return made
 
 
 def _make_plan(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> Plan:

@@ -57,7 +57,7 @@ class Spacing(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
     """Make the values of a config file the defaults, so that the command line wins."""
     if path is not None:
-        arguments = {"source", "out", "config", "as_json"}
+        arguments = {"source", "out", "config", "as_json", "calibrate"}
         known = {p.name for p in ctx.command.params if p.name} - arguments
         try:
             ctx.default_map = load_config(path, known)
@@ -165,11 +165,16 @@ def decompose(source: str, out: str, scheduler: str | None, **options: Any) -> N
 @cli.command()
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--calibrate", is_flag=True,
+              help="First measure how fast this machine and the current folder's disk are, for the "
+              "times of this plan and of later ones.")  # fmt: skip
 @_with_options
 def plan(source: str, scheduler: str | None, as_json: bool, **options: Any) -> None:
     """What decompose would do with SOURCE, or with a volume of a shape like 512,512,512."""
     from cdd_dask.api import plan as make
 
+    if options["calibrate"] and options["progress"]:
+        click.echo("measuring: 5 s, and what compiling takes the first time", err=True)
     shape = source.replace("x", ",").split(",")
     what = tuple(map(int, shape)) if all(part.strip().isdecimal() for part in shape) else source
     made = make(what, client=_connect(scheduler), **_plain(options))

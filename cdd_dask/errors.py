@@ -42,6 +42,10 @@ class DiskSpaceError(CddError, OSError):
     """The output does not fit on its disk."""
 
 
+class CalibrationError(CddError, OSError):
+    """How fast the machine is could not be measured, or not be kept."""
+
+
 class MissingDependencyError(CddError, ImportError):
     """An optional library that the request needs is not installed."""
 

@@ -41,8 +41,6 @@ TILE_SHARES = (0.95, 0.8, 0.6, 0.4, 0.2)
 """Shares of a task's memory that a tile on the refined grid may take; the planner tries all."""
 HOPELESS = 3
 """Blocks that take so many times the time of larger ones end the search."""
-DISK_SPEED = 2e8
-"""Bytes per second and task, compressed on the way, for estimates of time only."""
 
 
 def make_plan(
@@ -395,8 +393,11 @@ class _Draft:
 
     def channel_seconds(self, grid: Grid, k: int, regime: Regime) -> float:
         """Rough time of channel `k`."""
-        read, written = self.moved_bytes(grid, k, regime)
-        return self._seconds(grid, self.work(grid, k, regime), read + written)
+        radius = max(kernel.radius for kernel in self.steps[k].kernels)
+        on_cells = regime.cells is not None
+        per_step = self.resources.speeds.per_step(radius, on_cells or any(regime.levels))
+        stepping = self.work(grid, k, regime) * per_step
+        return self._seconds(grid, stepping, *self.moved_bytes(grid, k, regime))
 
     def work(self, grid: Grid, k: int, regime: Regime) -> int:
         """Voxel-steps of channel `k`, halos included."""
@@ -562,7 +563,7 @@ class _Draft:
             bytes_written=self.field_bytes,
             peak_memory=self._copying_memory(grid),
             peak_device_memory=0,
-            seconds=self._seconds(grid, 0, read + self.field_bytes),
+            seconds=self._seconds(grid, 0.0, read, self.field_bytes),
             error="exact",
         )
 
@@ -570,9 +571,10 @@ class _Draft:
         memory = self.task_memory(grid, 0, next(self.options(grid, 0)))
         return replace(memory, haloed=grid.block, cells=None, coarse_cells=0).host
 
-    def _seconds(self, grid: Grid, voxel_steps: int, moved: int) -> float:
-        """Rough time for `voxel_steps` and `moved` bytes, shared by the workers."""
-        alone = voxel_steps / self.resources.voxel_steps_per_second + moved / DISK_SPEED
+    def _seconds(self, grid: Grid, stepping: float, read: int, written: int) -> float:
+        """Time for so many seconds of steps and for bytes, shared by the workers."""
+        speeds = self.resources.speeds
+        alone = stepping + read / speeds.read + written / speeds.written
         # rounds of all workers, the last of which may leave some idle
         return alone * -(-len(grid) // self.resources.workers) / len(grid)
 

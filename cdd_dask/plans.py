@@ -11,11 +11,17 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
+
 from cdd_dask.blocks import Grid
 from cdd_dask.engines.base import Footprint
+from cdd_dask.errors import InputError
 from cdd_dask.memory import format_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.tables import text_table
+
+RADII = (2, 4, 7)
+"""Radii of the kernels whose speeds are known."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,53 @@ class Volume:
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """How fast one task is while as many as may run at once do, for estimates of time only."""
+
+    narrow: float
+    """Voxel-steps per second with kernels of radius 2."""
+    medium: float
+    """The same of radius 4."""
+    wide: float
+    """The same of radius 7."""
+    pyramid: float
+    """The same of wider kernels on a coarser grid, where the engine has one."""
+    read: float = 2e8
+    """Bytes per second from the disk, when they are decompressed."""
+    written: float = 2e8
+    """Bytes per second to the disk, before they are compressed."""
+    calibrated: bool = False
+    """Whether they were measured, see `calibration`."""
+
+    def __post_init__(self) -> None:
+        for name, speed in asdict(self).items():
+            if name != "calibrated" and not 0 < speed < math.inf:
+                raise InputError(f"speed {name}={speed!r} must be more than 0 and finite")
+
+    @classmethod
+    def rough(cls, voxel_steps_per_second: float) -> Speeds:
+        """One figure for all kernels, and a usual disk."""
+        return cls(*(voxel_steps_per_second,) * 4)
+
+    def per_step(self, radius: int, pyramid: bool) -> float:
+        """Seconds that a step takes for each voxel, with a kernel of `radius`.
+
+        They are linear in the radius between those known, and beyond.
+
+        Examples
+        --------
+        >>> speeds = Speeds(narrow=10e8, medium=5e8, wide=4e8, pyramid=8e8)
+        >>> [round(1e9 * speeds.per_step(radius, False), 2) for radius in (1, 2, 3, 7, 12)]
+        [1.0, 1.0, 1.5, 2.5, 4.0]
+        """
+        if pyramid:
+            return 1 / self.pyramid
+        known = (1 / self.narrow, 1 / self.medium, 1 / self.wide)
+        rise = max(0.0, (known[-1] - known[0]) / (RADII[-1] - RADII[0]))
+        return float(np.interp(radius, RADII, known)) + max(0, radius - RADII[-1]) * rise
+
+
+@dataclass(frozen=True)
 class Resources:
     """What a run may use and on what it runs."""
 
@@ -60,8 +113,8 @@ class Resources:
     """Threads a task may compute with."""
     footprint: Footprint
     """The engine's working memory in bytes per voxel."""
-    voxel_steps_per_second: float
-    """Rough speed of one task, for estimates of time."""
+    speeds: Speeds
+    """How fast one task is, for estimates of time."""
     has_pyramid: bool = False
     """Whether the engine smooths with wide kernels on a coarser grid."""
     device_memory: int | None = None
@@ -126,7 +179,7 @@ class Stage:
     peak_device_memory: int
     """Bytes that one task holds at its peak on the device."""
     seconds: float
-    """Rough estimate of the stage's time."""
+    """Estimate of the stage's time."""
     error: str
     """``exact`` (nothing is cut), ``bounded``, or what decides whether it is."""
 
@@ -251,7 +304,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Rough estimate of the run's time."""
+        """Estimate of the run's time."""
         return sum(stage.seconds for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
@@ -279,7 +332,8 @@ def describe_plan(plan: Plan) -> str:
         if resources.in_memory
         else f"disk       up to {format_bytes(plan.disk_bytes)} in {plan.files} files"
         + f", scratch up to {format_bytes(plan.scratch_bytes)}" * resources.scratch,
-        f"time       about {format_seconds(plan.seconds)} (rough)",
+        f"time       about {format_seconds(plan.seconds)} "
+        f"({'calibrated' if resources.speeds.calibrated else 'rough'})",
     ]
     refined = [stage for stage in plan.stages if stage.refinement > 1]
     if refined:

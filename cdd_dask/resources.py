@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from dataclasses import replace
 from typing import Any
 
-from cdd_dask.engines import load_engine
+from cdd_dask.calibration import cores, load
+from cdd_dask.engines import Engine, load_engine
 from cdd_dask.errors import DeviceError, InputError
 from cdd_dask.executors import EXECUTORS, IN_PROCESS
 from cdd_dask.memory import available_memory, byte_count
 from cdd_dask.parameters import Parameters, check_choice, check_count
-from cdd_dask.plans import Resources
+from cdd_dask.plans import Resources, Speeds
 
 BASELINE = 140_000_000
 """Bytes a Dask worker with this package holds before any task."""
 BASELINE_TORCH = 320_000_000
 """The same with torch."""
+SPEED_IN_MEMORY = 1e9
+"""Bytes per second that tasks move together where the output lives in memory, roughly."""
 
 
 def resolve_resources(
@@ -48,6 +51,7 @@ def resolve_resources(
         return _on_client((engine, device, parameters.itemsize, blanks), budget, client)
     count = _worker_count(name, workers)
     chosen = load_engine(engine, device)
+    threads = max(1, cores() // count)
     free = chosen.free_device_memory()
     return Resources(
         engine=chosen.name,
@@ -56,9 +60,9 @@ def resolve_resources(
         workers=count,
         tasks_per_budget=count,
         memory=budget or available_memory() // 2,
-        threads=max(1, _cores() // count),
+        threads=threads,
         footprint=chosen.footprint(parameters.itemsize, blanks),
-        voxel_steps_per_second=chosen.voxel_steps_per_second,
+        speeds=_speeds(chosen, count, threads, parameters.itemsize, in_memory),
         has_pyramid=chosen.has_pyramid,
         device_memory=None if free is None else free // count,
         in_memory=in_memory,
@@ -88,11 +92,18 @@ def _executor_name(executor: str, workers: int | None, client: Any, in_memory: b
 
 
 def _worker_count(executor: str, workers: int | None) -> int:
-    return 1 if executor == "serial" else int(workers or _cores())
+    return 1 if executor == "serial" else int(workers or cores())
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _speeds(engine: Engine, workers: int, threads: int, itemsize: int, in_memory: bool) -> Speeds:
+    """What was measured on this machine, else what is roughly so on any."""
+    calibration = load(engine.name, engine.device)
+    if calibration is None:
+        return Speeds.rough(engine.voxel_steps_per_second)
+    speeds = calibration.per_task(workers, threads, itemsize)
+    if in_memory:
+        return replace(speeds, read=SPEED_IN_MEMORY / workers, written=SPEED_IN_MEMORY / workers)
+    return speeds
 
 
 def _on_client(
@@ -134,7 +145,7 @@ def _on_client(
         memory=budget or (max(1, min(limits)) if limits else available_memory() // 2 // len(info)),
         threads=1,
         footprint=any_probe["footprint"],
-        voxel_steps_per_second=any_probe["speed"],
+        speeds=Speeds.rough(any_probe["speed"]),
         has_pyramid=any_probe["has_pyramid"],
         device_memory=min(free) if free else None,
     )

@@ -52,8 +52,9 @@ def test_every_option_of_the_verbs_is_on_the_command_line_and_in_the_config():
     defaults = cli.decompose.make_context("decompose", ["source", "out"]).params
     for name in verbs - {"client"}:
         assert defaults[name] == signature[name].default, name
-    assert inspect.signature(cdd_dask.plan).parameters.keys() - {"source_or_shape", "out"} == verbs
-    shown = {p.name for p in cli.plan.params} - {"source", "as_json"}
+    planned = inspect.signature(cdd_dask.plan).parameters.keys()
+    assert planned - {"source_or_shape", "out", "calibrate"} == verbs
+    shown = {p.name for p in cli.plan.params} - {"source", "as_json", "calibrate"}
     assert shown == {*options}
     assert set(yaml.safe_load((ROOT / "configs/local.yaml").read_text())) == verbs - {"client"}
 

@@ -12,13 +12,22 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cdd_dask"
 LAYERS = (
     ("errors", "parameters", "tables", "statistics"),
-    ("scales", "kernels", "time_stepping", "boundaries", "refinement", "halo", "pyramid", "closure"),
+    (
+        "scales",
+        "kernels",
+        "time_stepping",
+        "boundaries",
+        "refinement",
+        "halo",
+        "pyramid",
+        "closure",
+    ),
     ("engines",),
     ("blocks", "memory", "regimes", "plans", "planner", "working"),
     ("readers", "store"),
     ("cell_tasks", "task"),
     ("executors",),
-    ("progress", "resources", "output", "decomposition", "run"),
+    ("progress", "calibration", "resources", "output", "decomposition", "run"),
     ("api", "compat", "config", "exporting", "sampling", "verification"),
     ("cli",),
 )
