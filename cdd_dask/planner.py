@@ -20,6 +20,7 @@ from cdd_dask.regimes import (
     Regime,
     cell_block,
     cell_bytes,
+    cell_traffic,
     coarse_options,
     coarse_regimes,
     coarse_work,
@@ -415,9 +416,9 @@ class _Draft:
         ends_pass = k == len(self.edges) - 1 or not (one_block or k < self.refined - 1)
         written = (2 if ends_pass else 1) * voxels * itemsize
         if regime.cells is not None:
-            cells = cell_bytes(regime, itemsize)
+            cells_read, cells_written = cell_traffic(regime, itemsize)
             read = voxels * itemsize * (len(regime.parts) if regime.name == "stream" else 2)
-            return read + cells, written + cells
+            return read + cells_read, written + cells_written
         from_source = k == 0 and regime.cells is None and self._reads_source(grid)
         size = self.volume.source_itemsize if from_source else itemsize
         haloed = haloed_voxels(grid, regime.depth, self.parameters.boundary)

@@ -39,10 +39,10 @@ CLOSURE_RTOL = 1e-3
 COARSE = ("closure", "linear", "stream")
 MOST_PARTS = 64
 """Passes that a channel is cut into, at most."""
-GATHER_WORK, SCATTER_WORK, RELAX_WORK, SMOOTH_WORK = 60, 12, 15, 3
+GATHER_WORK, SCATTER_WORK, RELAX_WORK, SMOOTH_WORK = 30, 10, 15, 4
 """What a voxel's part in a pass, or a cell's, costs in voxel-steps."""
-EVOLVE_WORK = 12
-"""What a step of a cell costs in voxel-steps, and as much again for every few groups."""
+EVOLVE_WORK, GROUP_WORK = 15, 1
+"""What a step of a cell and of each of its groups costs in voxel-steps."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,21 @@ def coarse_work(regime: Regime, steps: Steps, voxels: int) -> int:
     cells = evolve_cells(regime)
     if regime.name == "stream":
         return steps.count * (voxels * RELAX_WORK + cells * SMOOTH_WORK)
-    evolve = steps.count * cells * (EVOLVE_WORK + 2 * regime.groups)
+    evolve = steps.count * cells * (EVOLVE_WORK + GROUP_WORK * regime.groups)
     gather = voxels * GATHER_WORK if regime.groups else 0
     return evolve + gather + voxels * SCATTER_WORK
+
+
+def cell_traffic(regime: Regime, itemsize: int) -> tuple[int, int]:
+    """Bytes of values of cells that all passes of a channel read and write."""
+    if regime.cells is None:
+        return 0, 0
+    values, one = regime.groups + 2, math.prod(regime.cells.shape) * itemsize
+    passes = len(regime.parts)
+    if regime.name == "stream":
+        return 4 * one * passes, 2 * one * passes
+    haloed = evolve_cells(regime) * itemsize
+    return passes * haloed * values + 3 * one, (passes + 1) * values * one + 2 * one
 
 
 def cell_bytes(regime: Regime, itemsize: int) -> int:

@@ -106,6 +106,20 @@ class Engine(ABC):
         """Number of such devices on this machine."""
         return 1
 
+    def move_groups(
+        self,
+        groups: NDArray[Any],
+        weights: NDArray[Any],
+        change: NDArray[Any],
+        means: NDArray[Any],
+        level: NDArray[Any] | None,
+        sign: int,
+    ) -> None:
+        """One step of the groups of cells, see `cells.move_groups`; on the host."""
+        from cdd_dask.engines.cells import move_groups
+
+        move_groups(groups, weights, change, means, level, sign)
+
     @abstractmethod
     def limit_threads(self, count: int) -> int:
         """Compute with `count` threads from now on, in this process; returns the count before."""

@@ -24,6 +24,10 @@ from cdd_dask.kernels import Kernel
 
 Smooth = Callable[[NDArray[Any], tuple[Kernel, ...]], NDArray[Any]]
 """One unconstrained step of an engine, all faces being cut."""
+MoveGroups = Callable[
+    [NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None, int], None
+]
+"""See `move_groups`."""
 
 
 def by_cell(field: NDArray[Any], cell: tuple[int, ...]) -> NDArray[Any]:
@@ -186,6 +190,7 @@ class Evolution:
     masked: bool
     """Whether there are blank voxels, so that the smooth field is normalised."""
     smooth: Smooth
+    move_groups: MoveGroups
 
     def smoothed(self, means: NDArray[Any]) -> NDArray[Any]:
         """``G_c`` of the cells and of those around them."""
@@ -252,34 +257,63 @@ def evolved(
     if cells.share is not None:
         counts = np.rint(cells.share.astype(np.float64) * voxels).astype(np.intp)
     weights = group_weights(counts, voxels, dtype) if len(cells.groups) else None
+    means = cells.base.copy()
+    if weights is not None:
+        means += (weights * cells.groups).sum(axis=0)
     share = np.ones((), dtype) if cells.share is None else cells.share
     smooth_share = how.smoothed(share + held) if how.masked else None
     reference = normalised(first[0], smooth_share)
     spread = tuple(interpolated_mean(level) for level in how.faces.levels)
     inner = tuple(slice(h, n - h) for h, n in zip(how.halo, first[0].shape, strict=True))
-    if how.sign == 0:  # what the groups deviate from, on average
-        level = (cells.base - held * how.faces.cval) / np.maximum(share, 1 / voxels)
+    level = None
+    if how.sign == 0 and weights is not None:  # what the groups deviate from, on average
+        level = (cells.base - held * how.faces.cval) / np.maximum(share, dtype.type(1 / voxels))
     for step in steps:
-        means = cells.base
-        if weights is not None:
-            means = means + (weights * cells.groups).sum(axis=0)
         smooth = how.smoothed(means)
         yield step, smooth
         smooth = normalised(smooth, smooth_share)
         if weights is None:  # unconstrained: the mean of what the voxels become
-            means = how.smooth(np.ascontiguousarray(smooth), spread)[inner]
-            cells.base[...] = share * means + held * how.faces.cval
-            continue
-        change = how.smooth(np.ascontiguousarray(smooth - reference), spread)[inner]
-        if how.sign > 0:
-            np.minimum(cells.groups, change, out=cells.groups)
-        elif how.sign < 0:
-            np.maximum(cells.groups, change, out=cells.groups)
+            means[...] = share * how.smooth(smooth, spread)[inner] + held * how.faces.cval
+            cells.base[...] = means
         else:
-            for group in cells.groups:
-                value = group + level
-                np.minimum(group, change, out=group, where=value > 0)
-                np.maximum(group, change, out=group, where=value < 0)
+            change = how.smooth(smooth - reference, spread)[inner]
+            means[...] = cells.base
+            how.move_groups(cells.groups, weights, change, means, level, how.sign)
+
+
+def move_groups(
+    groups: NDArray[Any],
+    weights: NDArray[Any],
+    change: NDArray[Any],
+    means: NDArray[Any],
+    level: NDArray[Any] | None,
+    sign: int,
+) -> None:
+    """One step of the groups, in place, and their weighted sum added to `means`.
+
+    Parameters
+    ----------
+    groups
+        Deviations, shape ``(K, *cells)``.
+    weights
+        Of the same shape, or ``(K, 1, …)``.
+    change
+        How far the smooth field has moved since they were taken.
+    means
+        What is left of the cells' means without the groups.
+    level
+        What the groups deviate from, on average; None where all voxels have one sign.
+    sign
+        That sign, or 0.
+    """
+    for group, weight in zip(groups, weights, strict=True):
+        if level is None:
+            (np.minimum if sign > 0 else np.maximum)(group, change, out=group)
+        else:
+            value = group + level
+            np.minimum(group, change, out=group, where=value > 0)
+            np.maximum(group, change, out=group, where=value < 0)
+        means += weight * group
 
 
 def normalised(smooth: NDArray[Any], share: NDArray[Any] | None) -> NDArray[Any]:

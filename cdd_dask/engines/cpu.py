@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from cdd_dask.engines import separable, team
 from cdd_dask.engines.base import Diffusion, Engine, Footprint
+from cdd_dask.engines.groups import move_groups
 from cdd_dask.engines.rows import RULES
 from cdd_dask.engines.smoothers import Axis, Means, Share, smoother_of
 from cdd_dask.kernels import IDENTITY
@@ -46,6 +47,20 @@ class CpuEngine(Engine):
         # and one smoothed axis
         host = 2 * itemsize + (1 + 8 + 8 if blanks else 0)
         return Footprint(host=host, device=0, line=team.threads * separable.WIDTH * 8)
+
+    def move_groups(
+        self,
+        groups: NDArray[Any],
+        weights: NDArray[Any],
+        change: NDArray[Any],
+        means: NDArray[Any],
+        level: NDArray[Any] | None,
+        sign: int,
+    ) -> None:
+        flat = np.ascontiguousarray(weights).reshape(len(weights), -1)
+        moved, by = groups.reshape(len(groups), -1), np.ascontiguousarray(change).reshape(-1)
+        levels = () if level is None else np.ascontiguousarray(level).reshape(-1)
+        move_groups(moved, flat, by, means.reshape(-1), levels, sign)
 
     def limit_threads(self, count: int) -> int:
         return team.limit_threads(count)
