@@ -16,7 +16,7 @@ from cdd_dask.calibration import calibrate as run_calibration
 from cdd_dask.decomposition import Decomposition
 from cdd_dask.errors import InputError, OutputAccessError, OutputExistsError
 from cdd_dask.executors import IN_PROCESS, start_executor
-from cdd_dask.output import check_output, check_vacant, output_address
+from cdd_dask.output import check_output, check_scratch, check_vacant, output_address
 from cdd_dask.parameters import MAX_NDIM, Parameters, check_count
 from cdd_dask.planner import make_plan
 from cdd_dask.plans import Plan, Volume
@@ -58,6 +58,7 @@ def decompose(
     device: str | None = None,
     memory: int | str | None = None,
     block: Sequence[int] | int | None = None,
+    scratch: str | Path | None = None,
     executor: str = "auto",
     workers: int | None = None,
     client: Any = None,
@@ -144,6 +145,9 @@ def decompose(
     block
         Core of a block in voxels, one number or one per axis, clipped to the volume; None
         takes the largest that `memory` holds.
+    scratch
+        Folder for working fields, for example on a fast disk beside a cloud store; None keeps them
+        in `out`. What the run puts there it removes when it is done.
     executor
         ``"serial"``, ``"threads"``, ``"processes"``, ``"distributed"``, or ``"auto"``: with a
         client or several workers distributed, else serial.
@@ -192,6 +196,8 @@ def decompose(
     else:
         address = output_address(out)
         check_output(address, opened, made, overwrite)
+        if scratch is not None:
+            scratch = check_scratch(scratch, address, made)
     log.info(
         "%s: %d channels, blocks: %d, engine %s on %s, executor %s",
         opened.description,
@@ -208,7 +214,7 @@ def decompose(
     )
     limits = limited_threads(*how) if in_process else nullcontext()
     with limits, pool, Progress(progress, sum(stage.work for stage in made.stages)) as shown:
-        run = _prepare(made, opened, address, overwrite)
+        run = _prepare(made, opened, address, overwrite, scratch)
         try:
             execute(made, opened, address, run, pool, shown)
         except BadValueError:
@@ -248,6 +254,7 @@ def plan(
     device: str | None = None,
     memory: int | str | None = None,
     block: Sequence[int] | int | None = None,
+    scratch: str | Path | None = None,
     executor: str = "auto",
     workers: int | None = None,
     client: Any = None,
@@ -338,6 +345,11 @@ def _make_plan(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> P
         in_memory=arguments["out"] is None,
         blanks=volume.may_be_masked(parameters),
     )
+    resources = replace(resources, scratch=arguments["scratch"] is not None)
+    if resources.in_memory and resources.scratch:
+        raise InputError(
+            f"scratch={arguments['scratch']} with out=None: all stays in memory, leave it out"
+        )
     if isinstance(source, Source):
         reachable = source.portable or resources.executor in IN_PROCESS
         volume = replace(volume, reachable=reachable)
@@ -386,14 +398,16 @@ def _block(block: Sequence[int] | int | None, ndim: int) -> tuple[int, ...] | No
     return tuple(check_count("block", side) for side in sides)
 
 
-def _prepare(made: Plan, source: Source, address: str, overwrite: bool) -> str:
+def _prepare(
+    made: Plan, source: Source, address: str, overwrite: bool, scratch: str | Path | None
+) -> str:
     """Make the store, in place of one that may go."""
     try:
         if "://" not in address and not address.startswith("in-memory:"):
             # looked at again: starting workers took time, and another run may have come first
             if check_vacant(Path(address), overwrite):
                 store.remove_store(Path(address))
-        return prepare_store(made, source, address)
+        return prepare_store(made, source, address, None if scratch is None else str(scratch))
     except (OutputExistsError, FileExistsError) as error:
         raise OutputExistsError(str(error)) from error
     except OSError as error:

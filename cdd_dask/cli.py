@@ -117,6 +117,8 @@ OPTIONS = (
                  "together, like 500MB.  [default: half of what is free]"),
     click.option("--block", type=Numbers(), help="Core of a block in voxels, one number or one "
                  "per axis.  [default: the largest that --memory holds]"),
+    click.option("--scratch", metavar="FOLDER", help="Where working fields lie, like a fast local "
+                 "disk; removed when done.  [default: in OUT]"),
     click.option("--executor", type=click.Choice(EXECUTORS), default="auto", show_default=True,
                  help="What runs the blocks."),
     click.option("--workers", type=int, help="Blocks computed at once.  [default: 1]"),

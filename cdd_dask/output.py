@@ -77,6 +77,39 @@ def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> N
         )
 
 
+def check_scratch(scratch: str | Path, out: str, plan: Plan) -> str:
+    """The folder for working fields, absolute, which must be there and have room for them.
+
+    Raises
+    ------
+    InputError
+        If it lies in the output, or the result stays in memory.
+    OutputAccessError
+        If it is no folder that can be written.
+    DiskSpaceError
+        If the working fields do not fit.
+    """
+    text = str(scratch).removeprefix("file://")
+    if not text:
+        raise InputError("scratch='' is no path: name a folder for working fields")
+    if "://" in text:
+        return text
+    path = Path(text).expanduser().absolute()
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise OutputAccessError(
+            f"scratch={scratch} is no folder that can be written: make it first"
+        )
+    if "://" not in out and Path(out).resolve() in (path.resolve(), *path.resolve().parents):
+        raise InputError(f"scratch={scratch} lies in out={out}: name another folder")
+    free = shutil.disk_usage(path).free
+    if free < plan.scratch_bytes:
+        raise DiskSpaceError(
+            f"scratch={scratch} needs up to {format_bytes(plan.scratch_bytes)}, but its disk has "
+            f"{format_bytes(free)} free: choose another disk"
+        )
+    return str(path)
+
+
 def _check_apart(out: Path, source: Path) -> None:
     try:
         out, source = out.resolve(), source.resolve()

@@ -15,8 +15,15 @@ from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
 from cdd_dask.memory import TaskMemory, cell_task_bytes, format_bytes, voxel_task_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Plan, Resources, Stage, Volume
-from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps
+from cdd_dask.pyramid import (
+    SMALLEST_RTOL,
+    SMALLEST_RTOL_AT_STEEP_FACES,
+    coarse_cells,
+    coarse_levels,
+    computed_steps,
+)
 from cdd_dask.regimes import (
+    CLOSURE_RTOL,
     Regime,
     cell_block,
     cell_bytes,
@@ -40,6 +47,8 @@ SMALLEST_TILE = 8
 """Tiles on the refined grid are not made smaller than this, in voxels."""
 TILE_SHARES = (0.95, 0.8, 0.6, 0.4, 0.2)
 """Shares of a task's memory that a tile on the refined grid may take; the planner tries all."""
+RTOLS = (SMALLEST_RTOL, CLOSURE_RTOL, SMALLEST_RTOL_AT_STEEP_FACES)
+"""Values of `rtol` from which on more regimes may serve."""
 HOPELESS = 3
 """Blocks that take so many times the time of larger ones end the search."""
 
@@ -465,12 +474,14 @@ class _Draft:
             others += ", lower upsample"
         if self.blank_depths != self.depths:
             others += ', say nan="raise" if no voxel is blank'
+        rtol = self.rtol_that_would_do()
+        wider = "raise rtol" if rtol is None else f"raise rtol to {rtol:g}"
         if needed <= allowed:
             needed = self.device_peak(grid)
             raise BudgetError(
                 f"{what} needs {format_bytes(needed)} on {resources.device} ({halo}), where "
                 f"{format_bytes(resources.device_memory or 0)} are free: {remedy}{others} or "
-                "raise rtol"
+                f"{wider}"
             )
         tasks = resources.tasks_per_budget
         others += f", use fewer workers (now {tasks} tasks share the memory)" if tasks > 1 else ""
@@ -478,8 +489,19 @@ class _Draft:
         raise BudgetError(
             f"{what} needs {format_bytes(needed)} ({halo}), but memory allows "
             f"{format_bytes(allowed)}: {remedy}raise memory to at least "
-            f'"{-(-needed // 1_000_000)}MB", {others} or raise rtol'
+            f'"{-(-needed // 1_000_000)}MB", {others} or {wider}'
         )
+
+    def rtol_that_would_do(self) -> float | None:
+        """The smallest larger `rtol` whose regimes serve within the memory given."""
+        for rtol in RTOLS:
+            if rtol <= self.parameters.rtol:
+                continue
+            parameters = replace(self.parameters, rtol=rtol)
+            for draft in _drafts(parameters, self.volume, self.resources):
+                if any(draft.fits(grid) for grid in draft.grids()):
+                    return rtol
+        return None
 
     def stage(self, grid: Grid, number: int) -> Stage:
         """Stage `number` for the blocks of `grid`."""

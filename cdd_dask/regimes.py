@@ -31,9 +31,13 @@ from cdd_dask.closure import (
 )
 from cdd_dask.halo import halo_depth
 from cdd_dask.parameters import Parameters
-from cdd_dask.pyramid import SMALLEST_VARIANCE, smallest_rtol
+from cdd_dask.pyramid import SMALLEST_VARIANCE, pyramid_error, smallest_rtol
 from cdd_dask.time_stepping import Steps
 
+CLOSURE_ERROR = 1e-2
+"""Relative L2 error of a channel that the closure may cause."""
+EXACT_CELLS_ERROR = 3e-4
+"""The same of cells with exact means, besides the pyramid's."""
 CLOSURE_RTOL = 1e-3
 """Below it the closure's error, 1e-2 of a channel's L2 norm, is too large."""
 COARSE = ("closure", "linear", "stream")
@@ -114,6 +118,15 @@ def coarse_regimes(parameters: Parameters) -> tuple[str, ...]:
     if rtol >= smallest_rtol(parameters):
         allowed.append("linear" if constraint == "unconstrained" else "stream")
     return tuple(allowed)
+
+
+def regime_error(parameters: Parameters, regime: str, levels: tuple[int, ...]) -> float:
+    """Relative L2 error of a channel that its regime may cause, besides that of halos."""
+    if regime == "closure":
+        return CLOSURE_ERROR
+    if regime in ("linear", "stream"):
+        return EXACT_CELLS_ERROR + pyramid_error(parameters)
+    return pyramid_error(parameters) if any(levels) else 0.0
 
 
 def largest_levels(grid: Grid) -> tuple[int, ...]:

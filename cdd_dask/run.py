@@ -15,9 +15,10 @@ from cdd_dask import store
 from cdd_dask.errors import CddError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
-from cdd_dask.plans import Pass, Plan
+from cdd_dask.plans import Pass, Plan, Stage
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, locate_bad_value
+from cdd_dask.regimes import regime_error
 from cdd_dask.statistics import Statistics
 from cdd_dask.task import Task, TaskResult, describe_task, run_task
 from cdd_dask.working import Nature, geometry, uses
@@ -100,11 +101,14 @@ def execute(
         whole = totals.statistics["source"]
         outcome = {
             "source_statistics": whole.as_dict(),
-            "error": _error_kind(plan, whole),
+            "error": _error_kind(plan, whole, {stage.error for stage in plan.stages}),
             "blocks": {"computed": totals.computed, "empty": totals.empty},
         }
-        outputs = [totals.statistics[name].as_dict() for name in names]
-        store.finish_store(address, run, outputs, outcome)
+        known = [{"statistics": totals.statistics[name].as_dict()} for name in names]
+        for stage in plan.stages:
+            if stage.channel is not None:
+                known[stage.channel] |= _how(plan, stage, whole)
+        store.finish_store(address, run, known, outcome)
         arrays.close()
     except (OSError, StoreError) as error:
         if isinstance(error, CddError) and not isinstance(error, StoreError):
@@ -226,11 +230,28 @@ def _run_pass(
         raise locate_bad_value(source, plan.parameters) from error
 
 
-def _error_kind(plan: Plan, whole: Statistics) -> str:
-    """Whether the error of this field's blocks is bounded, now that its signs are known."""
-    kinds = {stage.error for stage in plan.stages}
+def _how(plan: Plan, stage: Stage, whole: Statistics) -> dict[str, Any]:
+    """How a channel was computed, and what is known of its error."""
+    return {
+        "regime": stage.regime,
+        "passes": len(stage.parts),
+        "levels": list(stage.levels),
+        "halo": list(stage.depth),
+        "halo_cells": list(stage.cell_depth),
+        "error": {
+            "kind": _error_kind(plan, whole, {stage.error}),
+            "rtol": plan.parameters.rtol,
+            "relative_l2": regime_error(plan.parameters, stage.regime, stage.levels),
+        },
+    }
+
+
+def _error_kind(plan: Plan, whole: Statistics, kinds: set[str]) -> str:
+    """Whether an error of these kinds is bounded, now that the field's signs are known."""
     if kinds == {"exact"}:
         return "exact"
+    if "estimated" in kinds:
+        return "estimated"
     if whole.count < math.prod(plan.volume.shape):
         return "estimated"
     cval = plan.parameters.cval if plan.parameters.boundary == "constant" else 0.0

@@ -34,6 +34,7 @@ from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps, pyrami
 from cdd_dask.readers import Source, read_field
 from cdd_dask.readers.regions import read_region
 from cdd_dask.refinement import Refinement
+from cdd_dask.regimes import regime_error
 from cdd_dask.statistics import difference
 from cdd_dask.tables import text_table
 from cdd_dask.time_stepping import Steps, channel_steps
@@ -44,8 +45,6 @@ MARGIN = 10
 """The halo of a recomputation is that of `rtol` divided by this."""
 WIDEST_KERNEL = 16
 """Largest radius of full kernels that take the place of coarse ones."""
-CLOSURE_ERROR = 1e-2
-"""Relative L2 error of a channel that the regime ``closure`` may cause."""
 BLANKS_ERROR = 1e-2
 """The same of a pyramid where few voxels are not blank, on top of `pyramid_error`."""
 SIGNS_ERROR = 1e-3
@@ -365,8 +364,11 @@ class _Recomputation:
         mixed = self.parameters.constraint == "constrained" and low < 0 < high
         pyramid = pyramid_error(self.parameters) + (BLANKS_ERROR if self.has_blanks else 0)
         allowed = SIGNS_ERROR if mixed else 0.0
-        if any(self.stages[k]["levels"]):
-            allowed += CLOSURE_ERROR if self.stages[k]["regime"] == "closure" else pyramid
+        stage = self.stages[k]
+        if any(stage["levels"]):
+            blanks = BLANKS_ERROR if self.has_blanks else 0
+            levels = tuple(stage["levels"])
+            allowed += regime_error(self.parameters, stage["regime"], levels) + blanks
         return allowed + (pyramid if any(self.levels[k]) else 0.0)
 
 

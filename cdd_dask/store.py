@@ -345,13 +345,13 @@ def _open_array(address: str, path: str, mode: str = "r") -> zarr.Array[Any]:
 
 
 def finish_store(
-    address: str, run: str, statistics: Sequence[dict[str, Any]], attributes: dict[str, Any]
+    address: str, run: str, outputs: Sequence[dict[str, Any]], attributes: dict[str, Any]
 ) -> None:
-    """Write every output's statistics, then `attributes` and, last of all, that it is complete."""
+    """Write what is known of every output, then `attributes`, and last that it is complete."""
     root = root_of_run(address, run, "r+")
-    names = [*map(channel_name, range(len(statistics) - 1)), RESIDUAL]
-    for name, numbers in zip(names, statistics, strict=True):
-        _update(root[name], {"statistics": numbers})
+    names = [*map(channel_name, range(len(outputs) - 1)), RESIDUAL]
+    for name, known in zip(names, outputs, strict=True):
+        _update(root[name], known)
     _update(root, {**attributes, "complete": True})
 
 
