@@ -119,8 +119,11 @@ def test_workers_share_the_memory():
 def test_every_worker_gets_a_block_where_that_pays():
     """A volume that fits as one block is cut for eight workers, but not into slivers."""
     assert len(cdd_dask.plan((512,) * 3, max_scale=4, memory=AMPLE, **pool(8)).grid) >= 8
-    whole = cdd_dask.plan((64,) * 3, max_scale=32, memory=AMPLE, **pool(2))
+    scales = {"min_scale": 8, "max_scale": 32}
+    whole = cdd_dask.plan((64,) * 3, memory=AMPLE, **scales, **pool(2))
     assert len(whole.grid) == 1  # two halves would each read nearly all of it
+    halves = cdd_dask.plan((64,) * 3, memory=AMPLE, block=(32, 64, 64), **scales, **pool(2))
+    assert halves.seconds > whole.seconds
 
 
 def test_the_demo_is_cut_into_blocks():
@@ -246,6 +249,7 @@ def test_a_run_does_what_the_plan_says(
     assert seen.written == sum(stage.bytes_written for stage in plan.stages)
     groups = 1 if plan.one_block else len(plan.stages)
     assert seen.tasks == groups * len(plan.grid) == groups * plan.stages[0].tasks
+    assert seen.tasks == sum(one.tasks for one in plan.passes)
     assert plan.copy_in == (kind == "numpy" and not plan.one_block)
     assert 0.8 * plan.files < seen.files <= plan.files
     assert seen.disk <= plan.disk_bytes
@@ -261,7 +265,7 @@ class Seen:
             ("cdd_dask.store", "read_block", self.after_reading),
             ("cdd_dask.task", "read_field", self.after_source),
             ("cdd_dask.store", "write_block", self.before_writing),
-            ("cdd_dask.store", "remove_working_field", self.look),
+            ("cdd_dask.store", "remove_work_array", self.look),
             ("cdd_dask.run", "run_task", self.before_task),
         ):
             monkeypatch.setattr(f"{home}.{name}", self.wrap(f"{home}.{name}", watch))

@@ -144,13 +144,13 @@ def test_working_fields_come_and_go(
 ):
     """At most two at a time, and at the end no trace of them."""
     out, seen = tmp_path / "out.zarr", []
-    original = store.remove_working_field
+    original = store.remove_work_array
 
-    def remove(address: str, run: str, k: int) -> None:
-        seen.append(sorted(path.name for path in (out / "work").glob("field_*")))
-        original(address, run, k)
+    def remove(address: str, run: str, name: str) -> None:
+        seen.append(sorted(path.name for path in (out / "work").iterdir() if path.is_dir()))
+        original(address, run, name)
 
-    monkeypatch.setattr(store, "remove_working_field", remove)
+    monkeypatch.setattr(store, "remove_work_array", remove)
     decomposed(out, lognormal, max_scale=4)
     assert seen == [["field_00", "field_01"], ["field_01", "field_02"], ["field_02"]]
     assert not (out / "work").exists()
@@ -313,14 +313,14 @@ def test_a_missing_shard_of_a_working_field_stops_the_run(
 ):
     """Zarr would read it as zeros; a run must not go on with those."""
     out = tmp_path / "out.zarr"
-    original = store.create_working_field
+    original = store.create_work_array
 
-    def create(address: str, run: str, k: int, *rest: Any) -> None:
-        if k == 1:
+    def create(address: str, run: str, name: str, *rest: Any) -> None:
+        if name == "field_01":
             (out / "work/field_00/c/0/0").unlink()
-        original(address, run, k, *rest)
+        original(address, run, name, *rest)
 
-    monkeypatch.setattr(store, "create_working_field", create)
+    monkeypatch.setattr(store, "create_work_array", create)
     with pytest.raises(BlockError, match="lacks its shard"):
         decomposed(out, lognormal, 2, max_scale=4)
     with pytest.raises(StoreError, match="not complete"):
