@@ -27,8 +27,10 @@ import cdd_dask
 from cdd_dask.errors import BlockError, CddError, InputError
 from cdd_dask.executors import Executor, start_executor
 from cdd_dask.executors.base import TRIES
+from cdd_dask.plans import Pass
 from cdd_dask.progress import Progress
 from cdd_dask.task import THREAD_LIMITS, Task, run_task
+from cdd_dask.working import Nature
 
 EXECUTORS = ("serial", "threads", "processes", "distributed")
 
@@ -424,7 +426,9 @@ def workers_now() -> set[psutil.Process]:
 
 def test_a_task_is_an_address_and_integers():
     """What travels to a worker is small, whatever the volume: at most 1 kB with its function."""
-    task = Task(f"/scratch/{'long/' * 30}out.zarr", uuid.uuid4().hex[:12], (3,), 10**9)
+    work = Pass("diffuse", tuple(range(1, 10)), 63, 10**4, 10**5, 10**9)
+    address, nature = f"/scratch/{'long/' * 30}out.zarr", Nature(-1, True)
+    task = Task(address, uuid.uuid4().hex[:12], work, 10**9, nature)
     assert len(cloudpickle.dumps((run_task, task))) <= 1000
     assert cloudpickle.loads(cloudpickle.dumps(task)) == task
 
