@@ -39,6 +39,7 @@ from cdd_dask.kernels import Kernel
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Pass, Stage
 from cdd_dask.pyramid import pyramid_level
+from cdd_dask.regimes import face_layers
 from cdd_dask.time_stepping import Steps
 from cdd_dask.working import (
     Nature,
@@ -51,7 +52,12 @@ from cdd_dask.working import (
     snapshots_name,
 )
 
-PAD_MODES: dict[str, Any] = {"reflect": "symmetric", "mirror": "reflect", "wrap": "symmetric"}
+PAD_MODES: dict[str, Any] = {
+    "reflect": "symmetric",
+    "mirror": "reflect",
+    "wrap": "symmetric",
+    "nearest": "edge",
+}
 """How NumPy completes cells at a face. Where the volume wraps around its end is mirrored: a block
 there does not have the volume's beginning."""
 
@@ -80,10 +86,15 @@ class CellWork:
         """Cells around the volume's, per axis."""
         return tuple(HALO * (level > 0) for level in self.stage.levels)
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of cells beyond the volume's faces whose means are kept, per axis."""
+        return face_layers(self.parameters, self.stage.levels)
+
     def smooth(self, block: int) -> None:
         """The smooth field on a block of cells, from their means."""
         core, cells, how = self._block(block)
-        means = self._read(means_name(self.k), cells)
+        means = self._read(means_name(self.k), self._in_means(cells))
         values = [how.smoothed(means[0])]
         if self.nature.masked:
             values.append(how.smoothed(means[1] + how.held(means[1].shape)))
@@ -97,9 +108,10 @@ class CellWork:
             count = 0
         if one.number:
             values = self._read(groups_name(self.k, one.number), self._in_domain(cells))
+        elif count:
+            values = self._read(groups_name(self.k, 0), cells)
         else:
-            name = groups_name(self.k, 0) if count else means_name(self.k)
-            values = self._read(name, cells)
+            values = self._read(means_name(self.k), self._in_means(cells))
         state, kept = Cells.of(values, count), kept_steps(self.stage, self.nature.sign)
         first = self._read(smooth_name(self.k), self._around(cells))
         for step, field in evolved(state, first, how, range(one.first, one.last)):
@@ -121,7 +133,7 @@ class CellWork:
         )
         smooth = self._interpolated(self._read(smooth_name(self.k), self._around(cells)))
         groups, counts = gathered(field, smooth, cell_shape(self.stage.levels))
-        means = self._read(means_name(self.k), cells)
+        means = self._read(means_name(self.k), self._in_means(cells))
         weights = group_weights(counts, 2 ** sum(self.stage.levels), field.dtype)
         base = means[0] - (weights * groups).sum(axis=0)
         self._write(groups_name(self.k, 0), cells, [*groups, base, *means[1:]])
@@ -151,8 +163,13 @@ class CellWork:
 
         Of one sign, voxels follow from their first values and the last smooth field alone.
         """
-        history = one.number > 0 and self.nature.sign == 0
+        history = one.number > 0 and self.keeps_states
         return part_name(self.k, one.number - 1) if history else field_name(self.k)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a step needs what the one before left of the voxels."""
+        return self.nature.sign == 0 and self.parameters.constraint != "unconstrained"
 
     def completed(self, field: NDArray[Any]) -> NDArray[Any]:
         """A block's core with its last cells made whole beyond the volume's face."""
@@ -167,12 +184,36 @@ class CellWork:
 
     def write_means(self, core: Region, field: NDArray[Any]) -> None:
         """Write the means of the cells of a block's core, and the share that takes part."""
-        cells = cells_of(core, self.stage.levels)
-        means, share = cell_means(self.completed(field), cell_shape(self.stage.levels))
+        cells, field = cells_of(core, self.stage.levels), self.completed(field)
+        if any(self.layers):
+            cells, field = self._with_layers(cells, field)
+        means, share = cell_means(field, cell_shape(self.stage.levels))
         held = self._evolution(starts_of(cells)).held(means.shape)
         values = [means + (held * self.parameters.cval if np.any(held) else 0), share]
         shape = store.work_array(self.work, means_name(self.k)).shape
-        self._write(means_name(self.k), cells, values[: shape[0]])
+        self._write(means_name(self.k), self._in_means(cells), values[: shape[0]])
+
+    def _with_layers(self, cells: Region, field: NDArray[Any]) -> tuple[Region, NDArray[Any]]:
+        """The cells of a block and those beyond a face of the volume, which are like its voxels."""
+        count = coarse_shape(self.grid.shape, self.stage.levels)
+        sides = [
+            (layer * (c.start == 0), layer * (c.stop == n))
+            for c, n, layer in zip(cells, count, self.layers, strict=True)
+        ]
+        cell = cell_shape(self.stage.levels)
+        width = [(low * f, high * f) for (low, high), f in zip(sides, cell, strict=True)]
+        wider = tuple(
+            slice(c.start - low, c.stop + high) for c, (low, high) in zip(cells, sides, strict=True)
+        )
+        return wider, np.pad(field, width, "edge")
+
+    def _in_means(self, cells: Region) -> Region:
+        """The places of cells in the array of means, where layers have blocks of their own."""
+        block = coarse_shape(self.grid.block, self.stage.levels)
+        return tuple(
+            slice(c.start + layer * b, c.stop + layer * b)
+            for c, layer, b in zip(cells, self.layers, block, strict=True)
+        )
 
     def _moved(self, field: NDArray[Any], smooth: NDArray[Any]) -> NDArray[Any]:
         """`field` after one step towards `smooth`, which reaches to the end of its cells."""
@@ -200,16 +241,17 @@ class CellWork:
         domain = Grid(self.stage.cell_domain, self.stage.cell_block)
         core = domain.core(block)
         count = coarse_shape(self.grid.shape, self.stage.levels)
+        along = zip(core, self.halo, self.stage.cell_depth, count, self.layers, strict=True)
         cells = tuple(
-            slice(max(0, s.start - h - depth), min(n, s.stop - h + depth))
-            for s, h, depth, n in zip(core, self.halo, self.stage.cell_depth, count, strict=True)
+            slice(max(-layer, s.start - h - depth), min(n + layer, s.stop - h + depth))
+            for s, h, depth, n, layer in along
         )
         return core, cells, self._evolution(starts_of(cells))
 
     def _evolution(self, start: tuple[int, ...]) -> Evolution:
         levels, rule = self.stage.levels, self.parameters.boundary
         return Evolution(
-            CellFaces(start, self.grid.shape, levels, rule, self.parameters.cval),
+            CellFaces(start, self.grid.shape, levels, rule, self.parameters.cval, self.layers),
             closure_kernels(self.steps, levels),
             self.halo,
             self.parameters.constraint,

@@ -106,18 +106,27 @@ def split_halo(steps: Steps, count: int, rtol: float, passes: int) -> tuple[int,
 def coarse_regimes(parameters: Parameters) -> tuple[str, ...]:
     """The regimes on cells that `rtol` and the rules of the field allow.
 
-    Cells know nothing of the voxels at a ``nearest`` face; inverted fields may hold zeros, which
-    stay while all around them grows: no mean of a cell tells of that.
+    Groups tell nothing of the voxels at a ``nearest`` face, which the field beyond follows, nor of
+    zeros in inverted fields, which stay while all around them grows.
     """
     rtol, constraint = parameters.rtol, parameters.constraint
-    if parameters.boundary == "nearest":
-        return ()
-    allowed = []
-    if constraint == "constrained" and rtol >= CLOSURE_RTOL:
+    follows = parameters.boundary == "nearest"
+    allowed, exact = [], smallest_rtol(parameters)  # which steep faces raise
+    if constraint == "constrained" and rtol >= max(CLOSURE_RTOL, exact) and not follows:
         allowed.append("closure")
-    if rtol >= smallest_rtol(parameters):
-        allowed.append("linear" if constraint == "unconstrained" else "stream")
+    if rtol >= exact:
+        linear = constraint == "unconstrained" and not follows
+        allowed.append("linear" if linear else "stream")
     return tuple(allowed)
+
+
+def face_layers(parameters: Parameters, levels: tuple[int, ...]) -> tuple[int, ...]:
+    """Layers of cells beyond the faces whose means are kept, per axis.
+
+    Beyond a ``nearest`` face the field is like its outermost voxels, not like their cells.
+    """
+    follows = parameters.boundary == "nearest"
+    return tuple(int(follows and level > 0) for level in levels)
 
 
 def regime_error(parameters: Parameters, regime: str, levels: tuple[int, ...]) -> float:

@@ -304,7 +304,7 @@ def _move_block(job: _Job, task: Task, cells: CellWork) -> TaskResult:
         end = cells.relax(store.read_block(job.work, path, core), core)
     if work.last < job.stages[stage].steps:
         cells.write_means(core, end)
-        if task.nature.sign == 0:
+        if cells.keeps_states:
             path = store.work_path(part_name(stage - 1, work.number))
             store.write_block(job.work, path, core, end)
         return TaskResult(task.block, {}, computed=0, empty=0)

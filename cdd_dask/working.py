@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cdd_dask.blocks import Grid
 from cdd_dask.closure import SNAPSHOTS, coarse_shape, group_sizes
 from cdd_dask.plans import Pass, Plan, Stage
-from cdd_dask.regimes import has_shares
+from cdd_dask.regimes import face_layers, has_shares
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,9 @@ def geometry(plan: Plan, name: str, nature: Nature) -> Grid | None:
         return Grid((values, *stage.cell_domain), (at_once, *stage.cell_block))
     cells = coarse_shape(plan.volume.shape, stage.levels)
     block = coarse_shape(plan.block, stage.levels)
+    if kind == "means":  # layers beyond the faces are parts of blocks of their own
+        layers = face_layers(plan.parameters, stage.levels)
+        cells = tuple(n + layer * (b + 1) for n, layer, b in zip(cells, layers, block, strict=True))
     return Grid((values, *cells), (values, *block))
 
 

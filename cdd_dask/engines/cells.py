@@ -73,6 +73,8 @@ class CellFaces:
     levels: tuple[int, ...]
     rule: str
     cval: float = 0.0
+    layers: tuple[int, ...] = ()
+    """Layers of cells beyond the volume's faces that are there, per axis; none where empty."""
 
     def extended(self, cells: NDArray[Any], by: tuple[int, ...]) -> NDArray[Any]:
         """`cells` with so many more on both sides of each axis.
@@ -87,9 +89,12 @@ class CellFaces:
 
     def _beyond(self, cells: NDArray[Any], axis: int, more: int, high: bool) -> NDArray[Any]:
         size, start, level = cells.shape[axis], self.start[axis], self.levels[axis]
+        layer = self.layers[axis] if self.layers else 0
         count = -(-self.volume[axis] // 2**level)
         places = np.arange(more) + (size if high else -more) + start
-        outside = (places < 0) | (places >= count)
+        outside = (places < -layer) | (places >= count + layer)
+        if layer:  # they are like the outermost layer
+            places, outside = np.clip(places, -layer, count + layer - 1), outside & False
         numbers, weights = beyond_cells(self.rule, self.volume[axis], level, places)
         here = np.clip(numbers - start, 0, size - 1)
         at_cut = np.clip(places - start, 0, size - 1)  # anything will do
