@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from cdd_dask.boundaries import CUT
 
@@ -31,7 +32,7 @@ class Grid:
     block: tuple[int, ...]
     """Shape of a block's core in voxels, at most `shape`."""
 
-    @property
+    @cached_property
     def counts(self) -> tuple[int, ...]:
         """Number of blocks per axis."""
         return tuple(-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
@@ -143,18 +144,22 @@ def _clipped_halos(first: int, step: int, count: int, depth: int) -> int:
 
 def haloed_shape(grid: Grid, depth: tuple[int, ...], boundary: str) -> tuple[int, ...]:
     """Shape of the largest block of `grid` with its halo, in voxels."""
-    shape = []
-    for n, b, count, h in zip(grid.shape, grid.block, grid.counts, depth, strict=True):
-        # widths grow until the halo below is whole, and shrink once the one above is cut
-        whole = -(-h // b)
-        numbers = {0, whole - 1, whole, count - 2, count - 1}
-        ranges = [
-            halo_range(slice(i * b, min((i + 1) * b, n)), n, h, boundary)
-            for i in numbers
-            if 0 <= i < count
-        ]
-        shape.append(max(stop - start for start, stop in ranges))
-    return tuple(shape)
+    along = zip(grid.shape, grid.block, depth, strict=True)
+    return tuple(_longest_haloed(n, b, h, boundary) for n, b, h in along)
+
+
+@lru_cache(maxsize=100_000)
+def _longest_haloed(size: int, block: int, depth: int, boundary: str) -> int:
+    """Length of the longest block along one axis, halos included."""
+    count = -(-size // block)
+    # lengths grow until the halo below is whole, and shrink once the one above is cut
+    whole = -(-depth // block)
+    ranges = [
+        halo_range(slice(i * block, min((i + 1) * block, size)), size, depth, boundary)
+        for i in {0, whole - 1, whole, count - 2, count - 1}
+        if 0 <= i < count
+    ]
+    return max(stop - start for start, stop in ranges)
 
 
 def shifted(region: Region, by: tuple[int, ...]) -> Region:
@@ -207,16 +212,17 @@ def storage_chunks(grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
     >>> storage_chunks(Grid(shape=(256, 509), block=(128, 509)))
     ((128, 512), (64, 64))
     """
-    shard, chunk = [], []
-    for count, b in zip(grid.counts, grid.block, strict=True):
-        if count == 1:
-            chunks = -(-b // LARGEST_CHUNK)
-            side = -(-b // chunks)
-            shard.append(side * chunks)
-        else:
-            small = [d for d in range(1, math.isqrt(b) + 1) if b % d == 0]
-            divisors = [*small, *(b // d for d in small)]
-            side = min(divisors, key=lambda d: abs(math.log(d / TYPICAL_CHUNK)))
-            shard.append(b)
-        chunk.append(side)
-    return tuple(shard), tuple(chunk)
+    sides = [_shard_and_chunk(b, n == 1) for n, b in zip(grid.counts, grid.block, strict=True)]
+    return tuple(shard for shard, _ in sides), tuple(chunk for _, chunk in sides)
+
+
+@lru_cache(maxsize=10_000)
+def _shard_and_chunk(block: int, alone: bool) -> tuple[int, int]:
+    """Lengths of a shard and of a chunk along an axis of one block, or of several."""
+    if alone:
+        chunks = -(-block // LARGEST_CHUNK)
+        side = -(-block // chunks)
+        return side * chunks, side
+    small = [d for d in range(1, math.isqrt(block) + 1) if block % d == 0]
+    divisors = [*small, *(block // d for d in small)]
+    return block, min(divisors, key=lambda d: abs(math.log(d / TYPICAL_CHUNK)))

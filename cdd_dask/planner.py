@@ -49,7 +49,9 @@ TILE_SHARES = (0.95, 0.8, 0.6, 0.4, 0.2)
 """Shares of a task's memory that a tile on the refined grid may take; the planner tries all."""
 RTOLS = (SMALLEST_RTOL, CLOSURE_RTOL, SMALLEST_RTOL_AT_STEEP_FACES)
 """Values of `rtol` from which on more regimes may serve."""
-HOPELESS = 3
+SMALL_HALO = 1.15
+"""Voxels with halos over those without, below which halos are not worth another pass."""
+HOPELESS = 2
 """Blocks that take so many times the time of larger ones end the search."""
 
 
@@ -233,7 +235,10 @@ class _Draft:
         yield Regime(name, levels, (steps.count,), self.depths[k], self.blank_depths[k])
         if len(grid) == 1 or steps.refinement > 1:
             return
+        depth, blank = self.depths[k], self.blank_depths[k]
         for count in part_counts(steps.count)[1:]:
+            if self.computed(grid, k, blank) < SMALL_HALO * math.prod(grid.shape):
+                break  # more passes would gain next to nothing
             depth, blank = self._split(k, count)
             yield Regime(name, levels, even_parts(steps.count, count), depth, blank)
         passes = len(channel_passes(self.steps))
