@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask.kernels import IDENTITY, Kernel
-from cdd_dask.pyramid import SMALLEST_VARIANCE, coarse_kernel, variance_left
+from cdd_dask.pyramid import coarse_kernel, variance_left
 from cdd_dask.time_stepping import Steps
 
 HALO = 1
@@ -33,29 +33,26 @@ SNAPSHOTS = 32
 """Smooth fields of one channel that are kept for voxels of changing sign."""
 
 
-EXACT_VARIANCE = 5.0
-"""Variance, in cells, left for the small kernel where cells are to be no source of error."""
+LEAST_VARIANCE = 5.0
+"""Variance that the small kernel keeps, in cells². What a cell's mean does not tell of its voxels
+falls with it; from 1.6 to 7.4 the error of smooth fields falls from 3e-3 to below 1e-3."""
 
 
-def closure_levels(
-    steps: Steps, largest: tuple[int, ...], least_variance: float = SMALLEST_VARIANCE
-) -> tuple[int, ...]:
+def closure_levels(steps: Steps, largest: tuple[int, ...]) -> tuple[int, ...]:
     """How often the grid is halved along each axis, at most `largest` times.
-
-    The small kernel keeps `least_variance` cells².
 
     Examples
     --------
     >>> from cdd_dask.parameters import Parameters
     >>> from cdd_dask.time_stepping import channel_steps
-    >>> steps = channel_steps(Parameters(), (32.0, 64.0), ndim=2)[1]
+    >>> steps = channel_steps(Parameters(), (64.0, 128.0), ndim=2)[1]
     >>> closure_levels(steps, (9, 1))
     (2, 1)
     """
     levels = []
     for kernel, most in zip(steps.kernels, largest, strict=True):
         level = 0
-        while level < most and variance_left(kernel, level + 1, True) >= least_variance:
+        while level < most and variance_left(kernel, level + 1, True) >= LEAST_VARIANCE:
             level += 1
         levels.append(level)
     return tuple(levels)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 
 from cdd_dask.blocks import Grid, haloed_shape, haloed_voxels
 from cdd_dask.closure import (
-    EXACT_VARIANCE,
     HALO,
     SNAPSHOTS,
     STENCIL,
@@ -31,7 +30,7 @@ from cdd_dask.closure import (
 )
 from cdd_dask.halo import halo_depth
 from cdd_dask.parameters import Parameters
-from cdd_dask.pyramid import SMALLEST_VARIANCE, pyramid_error, smallest_rtol
+from cdd_dask.pyramid import pyramid_error, smallest_rtol
 from cdd_dask.time_stepping import Steps
 
 CLOSURE_ERROR = 1e-2
@@ -187,8 +186,7 @@ def coarse_options(
     fits: Callable[[Regime], bool],
 ) -> Iterator[Regime]:
     """The evolution of the cells in several numbers of passes, in the largest blocks that fit."""
-    least_variance = SMALLEST_VARIANCE if name == "closure" else EXACT_VARIANCE
-    levels = closure_levels(steps, largest_levels(grid), least_variance)
+    levels = closure_levels(steps, largest_levels(grid))
     if not any(levels):
         return
     nothing = (0,) * len(levels)
