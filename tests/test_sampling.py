@@ -172,7 +172,7 @@ def test_a_shift_between_outputs_is_found(tmp_path: Path, k: int, options: dict[
 def test_a_halo_that_is_too_small_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What a run did wrong itself: blocks without a halo."""
     monkeypatch.setattr(
-        "cdd_dask.planner.channel_halos", lambda steps, rtol: ((0, 0),) * len(steps)
+        "cdd_dask.drafts.channel_halos", lambda steps, rtol: ((0, 0),) * len(steps)
     )
     with pytest.raises(VerificationError, match=r"rtol=0\.001 is not kept: channel 0 differs"):
         verified(smooth((70, 52)), tmp_path / "out.zarr")
@@ -181,10 +181,21 @@ def test_a_halo_that_is_too_small_is_found(tmp_path: Path, monkeypatch: pytest.M
 def test_a_shift_of_a_coarse_channel_is_found(tmp_path: Path):
     """By its norm."""
     field, out = smooth((70, 52)), tmp_path / "out.zarr"
-    verified(field, out, max_scale=32)
+    assert verified(field, out, max_scale=32, rtol=5e-4).samples[5].regime == "pyramid"
     shift(out, 5, slice(0, 40), 0.01 * float(np.ptp(field)))
     with pytest.raises(VerificationError, match="channel 5 differs"):
         cdd_dask.verify(out, field, sample=ALL, progress=False)
+
+
+def test_a_shift_of_a_channel_on_cells_is_told(tmp_path: Path):
+    """By its norm, too: an honest one is within what its regime may cause, a shifted one is not."""
+    field, out = smooth((70, 52)), tmp_path / "out.zarr"
+    honest = verified(field, out, max_scale=32).samples[5]
+    assert (honest.regime, honest.promise) == ("closure", "estimated")
+    assert honest.share < 1
+    assert honest.l2 <= 1e-2
+    shift(out, 5, slice(0, 40), 0.01 * float(np.ptp(field)))
+    assert cdd_dask.verify(out, field, sample=ALL, progress=False).samples[5].share > 1
 
 
 def test_of_an_estimated_error_it_is_only_told(tmp_path: Path):

@@ -221,7 +221,7 @@ def test_without_tolerance_blocks_and_tiles_do_not_show(
     whole = outputs(field, **options)
     assert np.array_equal(outputs(field, block=(37, 12), **options), whole)
     for tile in ((11, 12), (30, 5)):
-        monkeypatch.setattr("cdd_dask.planner._Draft.largest_tile", lambda *_, tile=tile: tile)
+        monkeypatch.setattr("cdd_dask.drafts.Draft.largest_tile", lambda *_, tile=tile: tile)
         made = cdd_dask.plan(field, block=(50, 12), **options)
         assert made.stages[-1].tile == tile
         assert np.array_equal(outputs(field, block=(50, 12), **options), whole)

@@ -1,0 +1,427 @@
+"""Plans whose blocks are not chosen yet: what any grid of blocks would need and cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import mul
+
+from cdd_dask.blocks import Grid, haloed_shape, haloed_voxels
+from cdd_dask.errors import InputError
+from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
+from cdd_dask.memory import TaskMemory, cell_task_bytes, voxel_task_bytes
+from cdd_dask.parameters import Parameters
+from cdd_dask.plans import Resources, Volume
+from cdd_dask.pyramid import (
+    coarse_cells,
+    coarse_levels,
+    computed_steps,
+)
+from cdd_dask.regimes import (
+    Regime,
+    cell_block,
+    cell_bytes,
+    cell_traffic,
+    coarse_options,
+    coarse_regimes,
+    coarse_work,
+    even_parts,
+    evolve_values,
+    part_counts,
+    split_halo,
+)
+from cdd_dask.scales import scale_edges
+from cdd_dask.time_stepping import Steps, channel_steps
+
+SMALLEST_CORE = 16
+"""Blocks are not made smaller than this, nor than their halo's depth: they would be all halo."""
+CORE_MULTIPLE = 32
+"""Longer cores are a multiple of this, so that chunks divide them well."""
+SMALLEST_TILE = 8
+"""Tiles on the refined grid are not made smaller than this, in voxels."""
+TILE_SHARES = (0.95, 0.8, 0.6, 0.4, 0.2)
+"""Shares of a task's memory that a tile on the refined grid may take; the planner tries all."""
+SMALL_HALO = 1.15
+"""Voxels with halos over those without, below which halos are not worth another pass."""
+
+
+def drafts_of(parameters: Parameters, volume: Volume, resources: Resources) -> list[Draft]:
+    """A draft for every size of tile that may do; one where nothing is refined."""
+    edges = scale_edges(parameters, volume.shape)
+    steps = channel_steps(parameters, edges, len(volume.shape))
+    levels = tuple((0,) * len(volume.shape) for _ in steps)
+    if resources.has_pyramid:
+        levels = tuple(coarse_levels(parameters, part) for part in steps)
+    computed = tuple(map(computed_steps, steps, levels))
+    depths = channel_halos(computed, parameters.rtol)
+    blank_depths = depths
+    if volume.may_be_masked(parameters):
+        blank_depths = channel_halos(computed, parameters.rtol / BLANK_MARGIN)
+    draft = Draft(
+        parameters=parameters,
+        volume=volume,
+        resources=resources,
+        edges=edges,
+        steps=steps,
+        levels=levels,
+        computed_steps=computed,
+        depths=depths,
+        blank_depths=blank_depths,
+        tile=volume.shape,
+    )
+    if not draft.refined:
+        return [draft]
+    tiles = dict.fromkeys(draft.largest_tile(share) for share in TILE_SHARES)
+    return [replace(draft, tile=tile) for tile in tiles]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan whose blocks are not chosen yet."""
+
+    parameters: Parameters
+    volume: Volume
+    resources: Resources
+    edges: tuple[float, ...]
+    steps: tuple[Steps, ...]
+    levels: tuple[tuple[int, ...], ...]
+    """How often every channel halves the grid for its smoothing, per axis."""
+    computed_steps: tuple[Steps, ...]
+    """The steps with the kernels that these halvings make of theirs."""
+    depths: tuple[tuple[int, ...], ...]
+    """Halo of every channel in voxels per axis, where the volume is cut."""
+    blank_depths: tuple[tuple[int, ...], ...]
+    """The same for blocks that hold blank voxels."""
+    tile: tuple[int, ...]
+    """What is refined at once, in voxels, where blocks are larger."""
+    chosen: dict[Grid, tuple[Regime, ...]] = field(default_factory=dict, compare=False)
+    """The regimes chosen for a grid, as far as it was looked at."""
+    splits: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = field(
+        default_factory=dict, compare=False
+    )
+    """Halos of a channel in so many passes, as far as they were looked at."""
+
+    @property
+    def refined(self) -> int:
+        """Number of channels computed on the refined grid."""
+        return sum(steps.refinement > 1 for steps in self.steps)
+
+    @property
+    def field_bytes(self) -> int:
+        """Bytes of one field of the volume's size."""
+        return math.prod(self.volume.shape) * self.parameters.itemsize
+
+    def copies_in(self, grid: Grid) -> bool:
+        """Whether the source is copied first."""
+        cells = len(grid) > 1 and self.regimes(grid)[0].cells is not None
+        return cells or not self._reads_source(grid)
+
+    def _reads_source(self, grid: Grid) -> bool:
+        """Whether tasks can read the source: halo'd blocks are read again and again."""
+        return self.volume.reachable and (len(grid) == 1 or self.volume.is_zarr)
+
+    def regimes(self, grid: Grid) -> tuple[Regime, ...]:
+        """How every channel is computed: the fastest way that fits, or else the smallest."""
+        if grid not in self.chosen:
+            self.chosen[grid] = tuple(
+                self._fastest(grid, k, self.options(grid, k)) for k in range(len(self.edges))
+            )
+        return self.chosen[grid]
+
+    def _fastest(self, grid: Grid, k: int, options: Iterator[Regime]) -> Regime:
+        fitting: list[Regime] = []
+        others: list[Regime] = []
+        for option in options:
+            (fitting if self._fits(grid, k, option) else others).append(option)
+        if fitting:
+            return min(fitting, key=lambda option: self.channel_seconds(grid, k, option))
+        return min(others, key=lambda option: self.host(grid, k, option))
+
+    def _fits(self, grid: Grid, k: int, option: Regime) -> bool:
+        """Whether tasks of channel `k` fit the memory, what stays there being a guess."""
+        kept = (len(self.edges) + 2) * self.field_bytes if self.resources.in_memory else 0
+        tasks = min(self.resources.tasks_per_budget, len(grid))
+        device = self.resources.device_memory
+        if device is not None and self.device(grid, k, option) > device:
+            return False
+        return self.host(grid, k, option) * tasks <= self.resources.memory - kept
+
+    def options(self, grid: Grid, k: int) -> Iterator[Regime]:
+        """The ways in which channel `k` can be computed in blocks of `grid`."""
+        steps, levels = self.steps[k], self.levels[k]
+        name = "pyramid" if any(levels) else "direct"
+        if steps.refinement > 1:
+            name = "refined"
+        yield Regime(name, levels, (steps.count,), self.depths[k], self.blank_depths[k])
+        if len(grid) == 1 or steps.refinement > 1:
+            return
+        depth, blank = self.depths[k], self.blank_depths[k]
+        for count in part_counts(steps.count)[1:]:
+            if self.computed(grid, k, blank) < SMALL_HALO * math.prod(grid.shape):
+                break  # more passes would gain next to nothing
+            depth, blank = self._split(k, count)
+            yield Regime(name, levels, even_parts(steps.count, count), depth, blank)
+        passes = len(channel_passes(self.steps))
+        for name in coarse_regimes(self.parameters):
+            yield from coarse_options(
+                self.parameters, steps, grid, passes, name, partial(self._fits, grid, k)
+            )
+
+    def _split(self, k: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Halo of channel `k` in so many passes, without and with blank voxels."""
+        if (k, count) not in self.splits:
+            rtol, passes = self.parameters.rtol, len(channel_passes(self.steps))
+            blank = self.blank_depths is not self.depths
+            self.splits[k, count] = (
+                split_halo(self.computed_steps[k], count, rtol, passes),
+                split_halo(
+                    self.computed_steps[k], count, rtol / (BLANK_MARGIN if blank else 1), passes
+                ),
+            )
+        return self.splits[k, count]
+
+    def host(self, grid: Grid, k: int, regime: Regime) -> int:
+        """Bytes that one task of channel `k` holds at its peak on the host."""
+        if regime.cells is None:
+            return self.task_memory(grid, k, regime).host
+        itemsize, footprint = self.parameters.itemsize, self.resources.footprint
+        masked = self.volume.may_be_masked(self.parameters)
+        return max(
+            voxel_task_bytes(grid, regime.levels, itemsize, masked),
+            cell_task_bytes(cell_block(regime), evolve_values(regime), itemsize, footprint.host),
+        )
+
+    def device(self, grid: Grid, k: int, regime: Regime) -> int:
+        """Bytes that one task of channel `k` holds at its peak on the device."""
+        if regime.cells is None:
+            return self.task_memory(grid, k, regime).device
+        return cell_block(regime) * self.resources.footprint.device
+
+    def task_memory(self, grid: Grid, k: int, regime: Regime) -> TaskMemory:
+        """What decides the bytes that a task of channel `k` holds at its peak."""
+        depth, boundary = regime.blank_depth, self.parameters.boundary
+        refined = self.steps[k].refinement > 1
+        haloed = haloed_shape(grid, depth, boundary)
+        cells = self.cells(self.tiles(grid), k) if refined else None
+        return TaskMemory(
+            grid=grid,
+            haloed=haloed,
+            footprint=self.resources.footprint,
+            itemsize=self.parameters.itemsize,
+            source_itemsize=self.volume.source_itemsize,
+            source_chunk=self.volume.source_chunk,
+            cells=cells,
+            coarse_cells=coarse_cells(cells or haloed, self.steps[k], regime.levels),
+            channels=self.refined if refined else 1,
+        )
+
+    def disk(self, grid: Grid) -> tuple[Space, Space]:
+        """What the output takes at the most, and what of it the working fields take.
+
+        With scratch space of their own these do not lie in the output.
+        """
+        groups, ndim, blocks = len(self.edges) + 1, len(self.volume.shape), len(grid)
+        # metadata: the root and `work`, two groups and an image each, and a coordinate array (its
+        # metadata and its one chunk) per axis
+        metadata = 2 + groups * (3 + 2 * ndim)
+        most, work = 0.0, 0.0
+        for channels in [range(groups - 1)] if blocks == 1 else channel_passes(self.steps):
+            regime, last = self.regimes(grid)[channels.start], channels.stop == len(self.edges)
+            working = (channels.start > 0 or self.copies_in(grid)) + (not last)
+            working += (
+                2
+                if regime.name == "stream"
+                else min(2, len(regime.parts) - 1) * (regime.cells is None)
+            )
+            cells = cell_bytes(regime, self.parameters.itemsize) / self.field_bytes
+            work = max(work, working + cells)
+            most = max(most, channels.stop + last + working + cells)
+        coarse = any(regime.cells is not None for regime in self.regimes(grid))
+
+        def space(fields: float, more: int) -> Space:
+            files = math.ceil(fields) * (blocks + 1) + more + coarse * (3 * blocks + 100)
+            return Space.of(int(fields * self.field_bytes), files)
+
+        scratch = space(work, 2)
+        if self.resources.scratch:
+            return Space.of(groups * self.field_bytes, metadata + groups * (blocks + 1)), scratch
+        return space(most, metadata), scratch
+
+    def tiles(self, grid: Grid) -> Grid:
+        """The volume cut into tiles of the refined grid, as if blocks were whole tiles."""
+        return Grid(grid.shape, tuple(map(min, self.tile, grid.block)))
+
+    def cells(self, tiles: Grid, k: int) -> tuple[int, ...]:
+        """Shape of the largest of `tiles` with the halo of channel `k`, in cells."""
+        voxels = haloed_shape(tiles, self.blank_depths[k], self.parameters.boundary)
+        return tuple(
+            n * (self.steps[k].refinement if axis in self.steps[k].axes else 1)
+            for axis, n in enumerate(voxels)
+        )
+
+    def largest_tile(self, share: float) -> tuple[int, ...]:
+        """The largest tile whose cells take no more than a `share` of a task's memory."""
+        resources, on_device = self.resources, self.resources.device_memory
+        allowed = share * resources.memory / resources.tasks_per_budget
+        per_cell = max(resources.footprint.host, 3 * self.parameters.itemsize)
+        for tile in self._candidates(SMALLEST_TILE, self.blank_depths[0]):
+            cells = math.prod(self.cells(tile, 0))
+            if cells * per_cell <= allowed and (
+                on_device is None or cells * resources.footprint.device <= on_device
+            ):
+                break
+        return tile.block  # the smallest, where none is small enough
+
+    def peak(self, grid: Grid) -> int:
+        """Bytes on the host of all tasks that run at once, and of an output kept there."""
+        regimes = self.regimes(grid)
+        worst = max(self.host(grid, k, regime) for k, regime in enumerate(regimes))
+        return min(self.resources.tasks_per_budget, len(grid)) * worst + self.kept(grid)
+
+    def kept(self, grid: Grid) -> int:
+        """Bytes of what stays in memory."""
+        if not self.resources.in_memory:
+            return 0
+        # in memory a chunk is a block, and those at the edges are held at full size
+        stored: int = math.prod(map(mul, grid.counts, grid.block)) * self.parameters.itemsize
+        return math.ceil(self.disk(grid)[0].bytes / self.field_bytes * stored)
+
+    def device_peak(self, grid: Grid) -> int:
+        """Bytes that one task holds at its peak on the device."""
+        return max(self.device(grid, k, regime) for k, regime in enumerate(self.regimes(grid)))
+
+    def fits(self, grid: Grid) -> bool:
+        """Whether tasks of `grid` fit the memory of host and device."""
+        device = self.resources.device_memory
+        if device is not None and self.device_peak(grid) > device:
+            return False
+        return self.peak(grid) <= self.resources.memory
+
+    def check(self, block: tuple[int, ...]) -> Grid:
+        """The blocks of a core that the user gives, clipped to the volume."""
+        shape = self.volume.shape
+        if len(block) != len(shape):
+            raise InputError(
+                f"block={block} has {len(block)} axes, the volume of shape {shape} has {len(shape)}"
+            )
+        if min(block) < 1:
+            raise InputError(f"block={block} must be positive along every axis")
+        return Grid(shape, tuple(min(b, n) for b, n in zip(block, shape, strict=True)))
+
+    def grids(self) -> Iterator[Grid]:
+        """Blocks to choose from: large ones have small halos, many keep all workers busy."""
+        deepest = tuple(max(along) for along in zip(*self.blank_depths, strict=True))
+        for grid in self._candidates(SMALLEST_CORE, deepest):
+            yield grid
+            # the same in multiples of large powers of 2, which hold whole cells
+            rounded = tuple(
+                min(n, _multiple(b, 1 << max(0, b.bit_length() - 2))) if c > 1 else b
+                for n, b, c in zip(grid.shape, grid.block, grid.counts, strict=True)
+            )
+            if rounded != grid.block:
+                yield Grid(grid.shape, rounded)
+
+    def seconds(self, grid: Grid) -> float:
+        """Rough time of the run, if its blocks were all alike."""
+        regimes = self.regimes(grid)
+        return sum(self.channel_seconds(grid, k, regime) for k, regime in enumerate(regimes))
+
+    def channel_seconds(self, grid: Grid, k: int, regime: Regime) -> float:
+        """Rough time of channel `k`."""
+        radius = max(kernel.radius for kernel in self.steps[k].kernels)
+        on_cells = regime.cells is not None
+        per_step = self.resources.speeds.per_step(radius, on_cells or any(regime.levels))
+        stepping = self.work(grid, k, regime) * per_step
+        return self.seconds_of(grid, stepping, *self.moved_bytes(grid, k, regime))
+
+    def work(self, grid: Grid, k: int, regime: Regime) -> int:
+        """Voxel-steps of channel `k`, halos included."""
+        steps = self.steps[k]
+        if regime.cells is not None:
+            return coarse_work(regime, steps, math.prod(grid.shape))
+        return self.computed(grid, k, regime.depth) * steps.count
+
+    def moved_bytes(self, grid: Grid, k: int, regime: Regime) -> tuple[int, int]:
+        """Bytes that channel `k` reads and writes, uncompressed."""
+        voxels, itemsize = math.prod(grid.shape), self.parameters.itemsize
+        # what starts a pass is read; between its channels the field stays in memory
+        one_block = len(grid) == 1
+        starts_pass = k == 0 or not (one_block or k < self.refined)
+        ends_pass = k == len(self.edges) - 1 or not (one_block or k < self.refined - 1)
+        written = (2 if ends_pass else 1) * voxels * itemsize
+        if regime.cells is not None:
+            cells_read, cells_written = cell_traffic(regime, itemsize)
+            read = voxels * itemsize * (len(regime.parts) if regime.name == "stream" else 2)
+            return read + cells_read, written + cells_written
+        from_source = k == 0 and regime.cells is None and self._reads_source(grid)
+        size = self.volume.source_itemsize if from_source else itemsize
+        haloed = haloed_voxels(grid, regime.depth, self.parameters.boundary)
+        more = len(regime.parts) - 1  # passes, the last of which reads the start again
+        read = haloed * (size + more * itemsize) + (voxels * itemsize if more else 0)
+        return read if starts_pass else 0, written + more * voxels * itemsize
+
+    def computed(self, grid: Grid, k: int, depth: tuple[int, ...]) -> int:
+        """Voxels (or cells) that all blocks of channel `k` compute, with halos of `depth`."""
+        factor = self.steps[k].refinement
+        cut = self.tiles(grid) if factor > 1 else grid
+        cells = factor ** len(self.steps[k].axes)
+        return int(haloed_voxels(cut, depth, self.parameters.boundary) * cells)
+
+    def _candidates(self, smallest: int, depth: tuple[int, ...]) -> Iterator[Grid]:
+        """The whole volume, then ever smaller blocks, shaped like their halo, down to `smallest`.
+
+        Where there is no halo a cut costs nothing, so it comes first.
+        """
+        shape = self.volume.shape
+        least = tuple(min(n, smallest) for n in shape)
+        counts = [1] * len(shape)
+        while True:
+            block = tuple(map(_core, shape, counts, least))
+            yield Grid(shape, block)
+            divisible = [axis for axis, b in enumerate(block) if b > least[axis]]
+            if not divisible:
+                return
+            axis = max(
+                divisible, key=lambda a: (block[a] / depth[a] if depth[a] else math.inf, block[a])
+            )
+            while _core(shape[axis], counts[axis], least[axis]) == block[axis]:
+                counts[axis] += 1 + counts[axis] // 32
+
+    def copying_memory(self, grid: Grid) -> int:
+        """Bytes that a task of the copying-in holds at its peak."""
+        memory = self.task_memory(grid, 0, next(self.options(grid, 0)))
+        return replace(memory, haloed=grid.block, cells=None, coarse_cells=0).host
+
+    def seconds_of(self, grid: Grid, stepping: float, read: int, written: int) -> float:
+        """Time for so many seconds of steps and for bytes, shared by the workers."""
+        speeds = self.resources.speeds
+        alone = stepping + read / speeds.read + written / speeds.written
+        # rounds of all workers, the last of which may leave some idle
+        return alone * -(-len(grid) // self.resources.workers) / len(grid)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What something takes on a disk."""
+
+    bytes: int
+    files: int
+
+    @classmethod
+    def of(cls, bytes_: int, files: int) -> Space:
+        """With a percent for zstd where it finds nothing to compress, and a disk block per file."""
+        return cls(int(bytes_ * 1.01) + files * 4096, files)
+
+
+def _multiple(length: int, unit: int) -> int:
+    return -(-length // unit) * unit
+
+
+def _core(size: int, count: int, least: int) -> int:
+    """Length of a core when an axis of `size` voxels is cut into `count` blocks or fewer."""
+    core = -(-size // count)
+    if count > 1 and core > 2 * CORE_MULTIPLE:
+        core = -(-core // CORE_MULTIPLE) * CORE_MULTIPLE
+    return min(size, max(core, least))
