@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 import cdd_dask
 from cdd_dask import cli
+from cdd_dask.drafts import Draft
 from cdd_dask.errors import InputError, VerificationError
 from cdd_dask.memory import TASK_OVERHEAD
 from cdd_dask.parameters import Parameters
-from cdd_dask.planner import _Draft
 from cdd_dask.sampling import finer_levels
 from cdd_dask.time_stepping import channel_steps
 from cdd_dask.verification import Verification
@@ -172,9 +172,7 @@ def test_a_shift_between_outputs_is_found(tmp_path: Path, k: int, options: dict[
 
 def test_a_halo_that_is_too_small_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What a run did wrong itself: blocks without a halo."""
-    monkeypatch.setattr(
-        "cdd_dask.drafts.channel_halos", lambda steps, rtol: ((0, 0),) * len(steps)
-    )
+    monkeypatch.setattr("cdd_dask.drafts.channel_halos", lambda steps, rtol: ((0, 0),) * len(steps))
     with pytest.raises(VerificationError, match=r"rtol=0\.001 is not kept: channel 0 differs"):
         verified(smooth((70, 52)), tmp_path / "out.zarr")
 
@@ -191,13 +189,13 @@ def test_a_shift_of_a_coarse_channel_is_found(tmp_path: Path):
 def test_a_shift_of_a_channel_on_cells_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By its norm, too: an honest one is within what its regime may cause, a shifted one is not."""
     field, out = smooth((70, 52)), tmp_path / "out.zarr"
-    options = _Draft.options
+    options = Draft.options
 
-    def on_cells(draft: _Draft, grid: Any, k: int) -> Any:
+    def on_cells(draft: Draft, grid: Any, k: int) -> Any:
         ways = list(options(draft, grid, k))
         return iter([way for way in ways if k == 6 and way.name == "closure"] or ways)
 
-    monkeypatch.setattr(_Draft, "options", on_cells)
+    monkeypatch.setattr(Draft, "options", on_cells)
     honest = verified(field, out, max_scale=64).samples[6]
     assert (honest.regime, honest.promise) == ("closure", "estimated")
     assert honest.share < 1
