@@ -487,7 +487,6 @@ def error_of_channel(engine: Engine, field: Field, rule: str = "reflect") -> flo
     steps = steps_of(32, 64, field.ndim)
     expected = at_once(engine, field, steps, rule)
     found = by_cells(engine, field, steps, rule)
-    print("MEASURED", field.shape, rule, f"{off(field, expected, found):.1e}")
     return off(field, expected, found)
 
 
