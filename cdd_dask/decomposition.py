@@ -22,6 +22,7 @@ from cdd_dask.tables import text_table
 if TYPE_CHECKING:
     import zarr
 
+DETAILS = ("regime", "passes", "levels", "halo", "halo_cells", "error")
 STATISTICS = ("count", "sum", "sum_abs", "sum_squares", "min", "max")
 
 
@@ -114,6 +115,11 @@ class Decomposition:
         """Name, lower and upper scale in `unit`, and statistics of every output."""
         for name, group in self._groups.items():
             yield name, group["scale_from"], group["scale_to"], group.get("statistics", {})
+
+    def details(self, k: int) -> dict[str, Any]:
+        """How channel `k` was computed: regime, passes, levels, halo, error with its kind."""
+        known = self._groups[store.channel_name(k)]
+        return {name: known[name] for name in DETAILS if name in known}
 
     def scale_spectrum(self) -> np.recarray[Any, Any]:
         """How the field is shared among its scales (Li 2022), one row for every output.

@@ -43,6 +43,8 @@ SMALLEST_TILE = 8
 """Tiles on the refined grid are not made smaller than this, in voxels."""
 TILE_SHARES = (0.95, 0.8, 0.6, 0.4, 0.2)
 """Shares of a task's memory that a tile on the refined grid may take; the planner tries all."""
+MOST_WORK = 3
+"""Work of a channel, over that of its steps without halos, which is avoided if it can be."""
 SMALL_HALO = 1.15
 """Voxels with halos over those without, below which halos are not worth another pass."""
 
@@ -136,7 +138,9 @@ class Draft:
         for option in options:
             (fitting if self._fits(grid, k, option) else others).append(option)
         if fitting:
-            return min(fitting, key=lambda option: self.channel_seconds(grid, k, option))
+            most = MOST_WORK * self.steps[k].count * math.prod(grid.shape)
+            cheap = [option for option in fitting if self.work(grid, k, option) <= most]
+            return min(cheap or fitting, key=lambda option: self.channel_seconds(grid, k, option))
         return min(others, key=lambda option: self.host(grid, k, option))
 
     def _fits(self, grid: Grid, k: int, option: Regime) -> bool:

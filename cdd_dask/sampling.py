@@ -325,14 +325,13 @@ class _Recomputation:
     def sample(self, k: int, tally: _Tally, needed: int, memory: int) -> Sample:
         """What the differences of channel `k` come to."""
         stage = self.stages[k]
-        exact = stage["error"] == "exact"
         squares, norm = tally.squares, tally.norm
         return Sample(
             channel=k,
             scale_from=stage["scale_from"],
             scale_to=stage["scale_to"],
             regime=stage["regime"],
-            promise="exact" if exact else self.result.attrs["error"],
+            promise=self.result.details(k)["error"]["kind"],
             rtol=self.parameters.rtol,
             blocks=tally.blocks,
             error=tally.worst if tally.blocks else math.nan,

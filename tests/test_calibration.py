@@ -242,18 +242,18 @@ def test_a_plan_takes_its_times_from_the_calibration(rtol: float, wide: str):
     Work on cells is counted in steps of the pyramid's.
     """
     options = {"engine": "cpu", "executor": "serial", "nan": "raise", "rtol": rtol}
-    rough = cdd_dask.plan((256, 256, 256), max_scale=32, block=128, **options)
+    rough = cdd_dask.plan((256, 256, 256), max_scale=128, block=128, **options)
     assert "(rough)" in str(rough)
     save(example(cores=1, gain=1.0))
-    made = cdd_dask.plan((256, 256, 256), max_scale=32, block=128, **options)
+    made = cdd_dask.plan((256, 256, 256), max_scale=128, block=128, **options)
     assert "(calibrated)" in str(made)
     assert made.resources.speeds == SPEEDS
     radii = {2: 8e8, 3: 2 / (1 / 8e8 + 1 / 6e8), 4: 6e8, 7: 4e8}
     for stage in made.stages:
-        speed = 7e8 if stage.regime == wide else radii[stage.radius]
+        speed = 7e8 if any(stage.levels) else radii[stage.radius]
         moved = stage.bytes_read / SPEEDS.read + stage.bytes_written / SPEEDS.written
         assert stage.seconds == pytest.approx(stage.voxel_steps / speed + moved)
-    assert {stage.regime for stage in made.stages} == {"direct", wide}
+    assert wide in {stage.regime for stage in made.stages}
     same = [(s.block, s.peak_memory, s.disk_bytes) for s in (rough, made)]
     assert same[0] == same[1]
 
