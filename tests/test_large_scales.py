@@ -400,9 +400,6 @@ def check_passes(plan: Plan) -> None:
     assert sum(p.last == 0 and p.kind == "copy" for p in plan.passes) == plan.copy_in
 
 
-@pytest.mark.xfail(
-    strict=True, reason="32 to 64 on cells of 2 voxels a side takes 8.3 visits a step"
-)
 def test_the_cost_is_constant():
     """Every channel of 512 cubed in 400 MB, whatever its scale: at most 3 visits a step."""
     plan = cdd_dask.plan((512,) * 3, memory="400MB", engine="cpu")

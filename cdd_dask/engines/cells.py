@@ -101,11 +101,12 @@ class CellFaces:
         here[~outside], weights[~outside] = at_cut[~outside, None], [1.0, 0.0, 0.0, 0.0]
         parts = np.moveaxis(cells, axis, 0)
         shape = (len(places),) + (1,) * (cells.ndim - 1)
-        total = np.zeros((len(places), *parts.shape[1:]), cells.dtype)
-        for node in range(weights.shape[1]):
+        middle = parts[here[:, 1]]
+        total = middle.copy()
+        for node in (0, 2, 3):  # in differences, so that a constant stays one to the bit
             weight = weights[:, node].astype(cells.dtype).reshape(shape)
             if weight.any():
-                total += weight * parts[here[:, node]]
+                total += weight * (parts[here[:, node]] - middle)
         if self.rule == "constant":
             total[outside] = self.cval
         return np.moveaxis(total, 0, axis)
