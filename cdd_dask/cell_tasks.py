@@ -190,8 +190,7 @@ class CellWork:
         means, share = cell_means(field, cell_shape(self.stage.levels))
         held = self._evolution(starts_of(cells)).held(means.shape)
         values = [means + (held * self.parameters.cval if np.any(held) else 0), share]
-        shape = store.work_array(self.work, means_name(self.k)).shape
-        self._write(means_name(self.k), self._in_means(cells), values[: shape[0]])
+        self._write(means_name(self.k), self._in_means(cells), values)
 
     def _with_layers(self, cells: Region, field: NDArray[Any]) -> tuple[Region, NDArray[Any]]:
         """The cells of a block and those beyond a face of the volume, which are like its voxels."""
@@ -290,7 +289,12 @@ class CellWork:
         return store.read_block(self.work, store.work_path(name), (slice(0, count), *cells))
 
     def _write(self, name: str, cells: Region, values: Any, first: int = 0) -> None:
-        """Write values of some cells, from the value numbered `first` on."""
+        """Write values of some cells, from the value numbered `first` on.
+
+        The share comes last, and is left out where the array has no place for it: what was made
+        before blanks were known has one.
+        """
+        values = values[: store.work_array(self.work, name).shape[0] - first]
         region = (slice(first, first + len(values)), *cells)
         store.write_block(self.work, store.work_path(name), region, np.stack(values))
 
