@@ -38,9 +38,7 @@ LEAST_VARIANCE = 5.0
 falls with it; from 1.6 to 7.4 the error of smooth fields falls from 3e-3 to below 1e-3."""
 
 
-def closure_levels(
-    steps: Steps, largest: tuple[int, ...], least_variance: float = LEAST_VARIANCE
-) -> tuple[int, ...]:
+def closure_levels(steps: Steps, largest: tuple[int, ...]) -> tuple[int, ...]:
     """How often the grid is halved along each axis, at most `largest` times.
 
     Examples
@@ -54,7 +52,7 @@ def closure_levels(
     levels = []
     for kernel, most in zip(steps.kernels, largest, strict=True):
         level = 0
-        while level < most and variance_left(kernel, level + 1, True) >= least_variance:
+        while level < most and variance_left(kernel, level + 1, True) >= LEAST_VARIANCE:
             level += 1
         levels.append(level)
     return tuple(levels)

@@ -140,11 +140,7 @@ class Draft:
         if fitting:
             most = MOST_WORK * self.steps[k].count * math.prod(grid.shape)
             cheap = [option for option in fitting if self.work(grid, k, option) <= most]
-            fine = [option for option in cheap if not option.rough]
-            return min(
-                fine or cheap or fitting,
-                key=lambda option: self.channel_seconds(grid, k, option),
-            )
+            return min(cheap or fitting, key=lambda option: self.channel_seconds(grid, k, option))
         return min(others, key=lambda option: self.host(grid, k, option))
 
     def _fits(self, grid: Grid, k: int, option: Regime) -> bool:

@@ -30,7 +30,7 @@ from cdd_dask.closure import (
 )
 from cdd_dask.halo import halo_depth
 from cdd_dask.parameters import Parameters
-from cdd_dask.pyramid import SMALLEST_VARIANCE, pyramid_error, smallest_rtol
+from cdd_dask.pyramid import pyramid_error, smallest_rtol
 from cdd_dask.time_stepping import Steps
 
 CLOSURE_ERROR = 1e-2
@@ -67,9 +67,6 @@ class Regime:
     """The cells, with those around them that voxels need, cut into blocks."""
     cell_depth: tuple[int, ...] = ()
     """Halo of those blocks in cells, where they are cut."""
-    rough: bool = False
-    """Whether the cells are large: within what the closure promises, but only where smaller ones
-    cost too much."""
 
     @property
     def groups(self) -> int:
@@ -190,24 +187,9 @@ def coarse_options(
     fits: Callable[[Regime], bool],
 ) -> Iterator[Regime]:
     """The evolution of the cells in several numbers of passes, in the largest blocks that fit."""
-    fine = closure_levels(steps, largest_levels(grid))
-    rough = closure_levels(steps, largest_levels(grid), SMALLEST_VARIANCE)
-    if any(fine):
-        yield from _evolutions(parameters, steps, grid, passes, name, fits, fine)
-    if name == "closure" and rough != fine:
-        for regime in _evolutions(parameters, steps, grid, passes, name, fits, rough):
-            yield replace(regime, rough=True)
-
-
-def _evolutions(
-    parameters: Parameters,
-    steps: Steps,
-    grid: Grid,
-    passes: int,
-    name: str,
-    fits: Callable[[Regime], bool],
-    levels: tuple[int, ...],
-) -> Iterator[Regime]:
+    levels = closure_levels(steps, largest_levels(grid))
+    if not any(levels):
+        return
     nothing = (0,) * len(levels)
     kernels = closure_kernels(steps, levels)
     # cells beyond a face are made of those within, see `beyond_cells`

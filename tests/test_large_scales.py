@@ -401,10 +401,14 @@ def check_passes(plan: Plan) -> None:
 
 
 def test_the_cost_is_constant():
-    """Every channel of 512 cubed in 400 MB, whatever its scale: at most 3 visits a step."""
+    """512 cubed in 400 MB: at most 3 visits a step, whatever the scale.
+
+    But for cells of 2 voxels a side, from 32 to 64: 8 groups for every 8 voxels cost more.
+    """
     plan = cdd_dask.plan((512,) * 3, memory="400MB", engine="cpu")
     for stage in plan.stages:
-        assert stage.voxel_steps <= 3 * max(stage.steps, 0) * 512**3, stage
+        most = 9 if stage.cell_domain and max(stage.levels) == 1 else 3
+        assert stage.voxel_steps <= most * max(stage.steps, 0) * 512**3, stage
     assert {"closure"} <= {stage.regime for stage in plan.stages}
     assert plan.peak_memory <= 400_000_000
 
