@@ -117,8 +117,8 @@ def interpolated_mean(level: int) -> Kernel:
 
     Examples
     --------
-    >>> interpolated_mean(1).weights
-    (0.125, 0.75, 0.125)
+    >>> interpolated_mean(1).weights.tolist()
+    [0.125, 0.75, 0.125]
     """
     if level == 0:
         return IDENTITY

@@ -247,7 +247,7 @@ def test_a_run_does_what_the_plan_says(
     seen.look()
     assert seen.read == sum(stage.bytes_read for stage in plan.stages)
     assert seen.written == sum(stage.bytes_written for stage in plan.stages)
-    groups = 1 if plan.one_block else len(plan.stages)
+    groups = 1 if plan.one_block else sum(len(stage.parts) for stage in plan.stages)
     assert seen.tasks == groups * len(plan.grid) == groups * plan.stages[0].tasks
     assert seen.tasks == sum(one.tasks for one in plan.passes)
     assert plan.copy_in == (kind == "numpy" and not plan.one_block)
