@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import mul
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask import store
-from cdd_dask.blocks import Grid, Region
+from cdd_dask.blocks import Grid, Region, shifted, starts
 from cdd_dask.boundaries import CUT
-from cdd_dask.closure import HALO, cell_shape, closure_kernels, coarse_shape, group_sizes
+from cdd_dask.closure import cell_halo, cell_shape, closure_kernels, coarse_shape
 from cdd_dask.engines import Diffusion, Engine
 from cdd_dask.engines.cells import (
     CellFaces,
@@ -39,7 +40,7 @@ from cdd_dask.kernels import Kernel
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Pass, Stage
 from cdd_dask.pyramid import pyramid_level
-from cdd_dask.regimes import face_layers
+from cdd_dask.regimes import face_layers, group_count
 from cdd_dask.time_stepping import Steps
 from cdd_dask.working import (
     Nature,
@@ -47,7 +48,6 @@ from cdd_dask.working import (
     groups_name,
     kept_steps,
     means_name,
-    part_name,
     smooth_name,
     snapshots_name,
 )
@@ -84,7 +84,7 @@ class CellWork:
     @property
     def halo(self) -> tuple[int, ...]:
         """Cells around the volume's, per axis."""
-        return tuple(HALO * (level > 0) for level in self.stage.levels)
+        return cell_halo(self.stage.levels)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -103,9 +103,7 @@ class CellWork:
     def evolve(self, one: Pass, block: int) -> None:
         """Some steps of a block of cells."""
         core, cells, how = self._block(block)
-        count = len(group_sizes(2 ** sum(self.stage.levels)))
-        if self.stage.regime == "linear":
-            count = 0
+        count = group_count(self.stage.regime, self.stage.levels)
         if one.number:
             values = self._read(groups_name(self.k, one.number), self._in_domain(cells))
         elif count:
@@ -158,19 +156,6 @@ class CellWork:
         around = self._around(cells_of(core, self.stage.levels))
         return self._moved(field, self._interpolated(self._read(smooth_name(self.k), around)))
 
-    def start_of_relaxing(self, one: Pass) -> str:
-        """The working field that a step starts from.
-
-        Of one sign, voxels follow from their first values and the last smooth field alone.
-        """
-        history = one.number > 0 and self.keeps_states
-        return part_name(self.k, one.number - 1) if history else field_name(self.k)
-
-    @property
-    def keeps_states(self) -> bool:
-        """Whether a step needs what the one before left of the voxels."""
-        return self.nature.sign == 0 and self.parameters.constraint != "unconstrained"
-
     def completed(self, field: NDArray[Any]) -> NDArray[Any]:
         """A block's core with its last cells made whole beyond the volume's face."""
         cell = cell_shape(self.stage.levels)
@@ -188,7 +173,7 @@ class CellWork:
         if any(self.layers):
             cells, field = self._with_layers(cells, field)
         means, share = cell_means(field, cell_shape(self.stage.levels))
-        held = self._evolution(starts_of(cells)).held(means.shape)
+        held = self._evolution(starts(cells)).held(means.shape)
         values = [means + (held * self.parameters.cval if np.any(held) else 0), share]
         self._write(means_name(self.k), self._in_means(cells), values)
 
@@ -209,10 +194,7 @@ class CellWork:
     def _in_means(self, cells: Region) -> Region:
         """The places of cells in the array of means, where layers have blocks of their own."""
         block = coarse_shape(self.grid.block, self.stage.levels)
-        return tuple(
-            slice(c.start + layer * b, c.stop + layer * b)
-            for c, layer, b in zip(cells, self.layers, block, strict=True)
-        )
+        return shifted(cells, tuple(map(mul, self.layers, block)))
 
     def _moved(self, field: NDArray[Any], smooth: NDArray[Any]) -> NDArray[Any]:
         """`field` after one step towards `smooth`, which reaches to the end of its cells."""
@@ -245,7 +227,7 @@ class CellWork:
             slice(max(-layer, s.start - h - depth), min(n + layer, s.stop - h + depth))
             for s, h, depth, n, layer in along
         )
-        return core, cells, self._evolution(starts_of(cells))
+        return core, cells, self._evolution(starts(cells))
 
     def _evolution(self, start: tuple[int, ...]) -> Evolution:
         levels, rule = self.stage.levels, self.parameters.boundary
@@ -253,7 +235,6 @@ class CellWork:
             CellFaces(start, self.grid.shape, levels, rule, self.parameters.cval, self.layers),
             closure_kernels(self.steps, levels),
             self.halo,
-            self.parameters.constraint,
             self.nature.sign,
             self.nature.masked,
             self._smooth_once,
@@ -269,11 +250,7 @@ class CellWork:
 
     def _core(self, core: Region, cells: Region, values: NDArray[Any]) -> NDArray[Any]:
         """A block's core from values of `cells` and `halo` more on every side."""
-        return values[
-            tuple(
-                slice(s.start - c.start, s.stop - c.start) for s, c in zip(core, cells, strict=True)
-            )
-        ]
+        return values[shifted(core, tuple(-n for n in starts(cells)))]
 
     def _around(self, cells: Region) -> Region:
         """The places in the domain of cells and those around them."""
@@ -281,12 +258,11 @@ class CellWork:
 
     def _in_domain(self, cells: Region) -> Region:
         """The places in the domain of cells."""
-        return tuple(slice(c.start + h, c.stop + h) for c, h in zip(cells, self.halo, strict=True))
+        return shifted(cells, self.halo)
 
     def _read(self, name: str, cells: Region) -> NDArray[Any]:
         """All values of some cells."""
-        count = store.work_array(self.work, name).shape[0]
-        return store.read_block(self.work, store.work_path(name), (slice(0, count), *cells))
+        return store.read_block(self.work, store.work_path(name), cells)
 
     def _write(self, name: str, cells: Region, values: Any, first: int = 0) -> None:
         """Write values of some cells, from the value numbered `first` on.
@@ -303,8 +279,3 @@ def cells_of(core: Region, levels: tuple[int, ...]) -> Region:
     """The cells that a block's core is made of."""
     cell = cell_shape(levels)
     return tuple(slice(s.start // f, -(-s.stop // f)) for s, f in zip(core, cell, strict=True))
-
-
-def starts_of(cells: Region) -> tuple[int, ...]:
-    """Number of the first cell per axis."""
-    return tuple(s.start for s in cells)

@@ -14,11 +14,7 @@ from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
 from cdd_dask.memory import TaskMemory, cell_task_bytes, voxel_task_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Resources, Volume
-from cdd_dask.pyramid import (
-    coarse_cells,
-    coarse_levels,
-    computed_steps,
-)
+from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps
 from cdd_dask.regimes import (
     Regime,
     cell_block,
@@ -36,7 +32,7 @@ from cdd_dask.scales import scale_edges
 from cdd_dask.time_stepping import Steps, channel_steps
 
 SMALLEST_CORE = 16
-"""Blocks are not made smaller than this, nor than their halo's depth: they would be all halo."""
+"""Blocks are not made smaller than this: they would be all halo."""
 CORE_MULTIPLE = 32
 """Longer cores are a multiple of this, so that chunks divide them well."""
 SMALLEST_TILE = 8
@@ -161,7 +157,7 @@ class Draft:
         yield Regime(name, levels, (steps.count,), self.depths[k], self.blank_depths[k])
         if len(grid) == 1 or steps.refinement > 1:
             return
-        depth, blank = self.depths[k], self.blank_depths[k]
+        blank = self.blank_depths[k]
         for count in part_counts(steps.count)[1:]:
             if self.computed(grid, k, blank) < SMALL_HALO * math.prod(grid.shape):
                 break  # more passes would gain next to nothing
@@ -177,13 +173,12 @@ class Draft:
         """Halo of channel `k` in so many passes, without and with blank voxels."""
         if (k, count) not in self.splits:
             rtol, passes = self.parameters.rtol, len(channel_passes(self.steps))
-            blank = self.blank_depths is not self.depths
-            self.splits[k, count] = (
-                split_halo(self.computed_steps[k], count, rtol, passes),
-                split_halo(
-                    self.computed_steps[k], count, rtol / (BLANK_MARGIN if blank else 1), passes
-                ),
+            margin = BLANK_MARGIN if self.volume.may_be_masked(self.parameters) else 1
+            depth, blank = (
+                split_halo(self.computed_steps[k], count, allowed, passes)
+                for allowed in (rtol, rtol / margin)
             )
+            self.splits[k, count] = depth, blank
         return self.splits[k, count]
 
     def host(self, grid: Grid, k: int, regime: Regime) -> int:
@@ -359,7 +354,7 @@ class Draft:
             cells_read, cells_written = cell_traffic(regime, itemsize)
             read = voxels * itemsize * (len(regime.parts) if regime.name == "stream" else 2)
             return read + cells_read, written + cells_written
-        from_source = k == 0 and regime.cells is None and self._reads_source(grid)
+        from_source = k == 0 and self._reads_source(grid)
         size = self.volume.source_itemsize if from_source else itemsize
         haloed = haloed_voxels(grid, regime.depth, self.parameters.boundary)
         more = len(regime.parts) - 1  # passes, the last of which reads the start again
@@ -420,6 +415,7 @@ class Space:
 
 
 def _multiple(length: int, unit: int) -> int:
+    """`length`, rounded up to a multiple of `unit`."""
     return -(-length // unit) * unit
 
 
@@ -427,5 +423,5 @@ def _core(size: int, count: int, least: int) -> int:
     """Length of a core when an axis of `size` voxels is cut into `count` blocks or fewer."""
     core = -(-size // count)
     if count > 1 and core > 2 * CORE_MULTIPLE:
-        core = -(-core // CORE_MULTIPLE) * CORE_MULTIPLE
+        core = _multiple(core, CORE_MULTIPLE)
     return min(size, max(core, least))

@@ -13,14 +13,8 @@ from cdd_dask.halo import channel_passes
 from cdd_dask.memory import format_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Plan, Resources, Stage, Volume
-from cdd_dask.pyramid import (
-    SMALLEST_RTOL,
-    SMALLEST_RTOL_AT_STEEP_FACES,
-)
-from cdd_dask.regimes import (
-    CLOSURE_RTOL,
-    Regime,
-)
+from cdd_dask.pyramid import SMALLEST_RTOL, SMALLEST_RTOL_AT_STEEP_FACES
+from cdd_dask.regimes import CLOSURE_RTOL, Regime
 
 RTOLS = (SMALLEST_RTOL, CLOSURE_RTOL, SMALLEST_RTOL_AT_STEEP_FACES)
 """Values of `rtol` from which on more regimes may serve."""

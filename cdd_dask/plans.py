@@ -169,7 +169,7 @@ class Stage:
     haloed_voxels: int
     """Voxels (or cells) computed by all tasks together, halos included, none being blank."""
     voxel_steps: int
-    """Steps times `haloed_voxels`."""
+    """Steps times `haloed_voxels`; where there are cells, what all work comes to in such."""
     bytes_read: int
     """Bytes read, uncompressed."""
     bytes_written: int

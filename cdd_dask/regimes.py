@@ -23,6 +23,7 @@ from cdd_dask.closure import (
     HALO,
     SNAPSHOTS,
     STENCIL,
+    cell_halo,
     closure_kernels,
     closure_levels,
     coarse_shape,
@@ -40,7 +41,6 @@ EXACT_CELLS_ERROR = 3e-3
 of the rules ``mirror`` and ``constant``; elsewhere a tenth."""
 CLOSURE_RTOL = 1e-3
 """Below it the closure's error, 1e-2 of a channel's L2 norm, is too large."""
-COARSE = ("closure", "linear", "stream")
 MOST_PARTS = 64
 """Passes that a channel is cut into, at most."""
 GATHER_WORK, SCATTER_WORK, RELAX_WORK, SMOOTH_WORK = 30, 10, 15, 4
@@ -71,7 +71,12 @@ class Regime:
     @property
     def groups(self) -> int:
         """Values that stand for a cell's voxels."""
-        return len(group_sizes(2 ** sum(self.levels))) if self.name == "closure" else 0
+        return group_count(self.name, self.levels)
+
+
+def group_count(regime: str, levels: tuple[int, ...]) -> int:
+    """Values that stand for the voxels of a cell of these levels, 0 but for ``closure``."""
+    return len(group_sizes(2 ** sum(levels))) if regime == "closure" else 0
 
 
 def even_parts(count: int, parts: int) -> tuple[int, ...]:
@@ -158,7 +163,7 @@ def has_shares(parameters: Parameters, shape: tuple[int, ...], levels: tuple[int
 def cell_domain(shape: tuple[int, ...], levels: tuple[int, ...]) -> tuple[int, ...]:
     """Cells of a volume, and around it those that its outermost voxels need."""
     cells = coarse_shape(shape, levels)
-    return tuple(n + 2 * HALO * (level > 0) for n, level in zip(cells, levels, strict=True))
+    return tuple(n + 2 * halo for n, halo in zip(cells, cell_halo(levels), strict=True))
 
 
 def cell_grids(domain: tuple[int, ...]) -> Iterator[Grid]:

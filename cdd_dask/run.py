@@ -99,15 +99,16 @@ def execute(
             arrays.remove(number)
         names = [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
         whole = totals.statistics["source"]
+        nature = _nature(plan, whole)
         outcome = {
             "source_statistics": whole.as_dict(),
-            "error": _error_kind(plan, whole, {stage.error for stage in plan.stages}),
+            "error": _error_kind(nature, {stage.error for stage in plan.stages}),
             "blocks": {"computed": totals.computed, "empty": totals.empty},
         }
         known = [{"statistics": totals.statistics[name].as_dict()} for name in names]
         for stage in plan.stages:
             if stage.channel is not None:
-                known[stage.channel] |= _how(plan, stage, whole)
+                known[stage.channel] |= _how(plan, stage, nature)
         store.finish_store(address, run, known, outcome)
         arrays.close()
     except (OSError, StoreError) as error:
@@ -158,7 +159,8 @@ def _nature(plan: Plan, source: Statistics | None) -> Nature:
         return Nature(0, plan.volume.may_be_masked(plan.parameters))
     cval = plan.parameters.cval if plan.parameters.boundary == "constant" else 0.0
     low, high = min(source.min, cval), max(source.max, cval)
-    return Nature((low >= 0) - (high <= 0), source.count < math.prod(plan.volume.shape))
+    sign = 1 if low >= 0 else -1 if high <= 0 else 0
+    return Nature(sign, source.count < math.prod(plan.volume.shape))
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def _run_pass(
         raise locate_bad_value(source, plan.parameters) from error
 
 
-def _how(plan: Plan, stage: Stage, whole: Statistics) -> dict[str, Any]:
+def _how(plan: Plan, stage: Stage, nature: Nature) -> dict[str, Any]:
     """How a channel was computed, and what is known of its error."""
     return {
         "regime": stage.regime,
@@ -239,21 +241,16 @@ def _how(plan: Plan, stage: Stage, whole: Statistics) -> dict[str, Any]:
         "halo": list(stage.depth),
         "halo_cells": list(stage.cell_depth),
         "error": {
-            "kind": _error_kind(plan, whole, {stage.error}),
+            "kind": _error_kind(nature, {stage.error}),
             "rtol": plan.parameters.rtol,
             "relative_l2": regime_error(plan.parameters, stage.regime, stage.levels),
         },
     }
 
 
-def _error_kind(plan: Plan, whole: Statistics, kinds: set[str]) -> str:
-    """Whether an error of these kinds is bounded, now that the field's signs are known."""
+def _error_kind(nature: Nature, kinds: set[str]) -> str:
+    """Whether an error of these kinds is bounded, now that the field's nature is known."""
     if kinds == {"exact"}:
         return "exact"
-    if "estimated" in kinds:
-        return "estimated"
-    if whole.count < math.prod(plan.volume.shape):
-        return "estimated"
-    cval = plan.parameters.cval if plan.parameters.boundary == "constant" else 0.0
-    mixed = min(whole.min, cval) < 0 < max(whole.max, cval)
-    return "estimated" if mixed and "bounded (one sign)" in kinds else "bounded"
+    mixed = nature.sign == 0 and "bounded (one sign)" in kinds
+    return "estimated" if "estimated" in kinds or nature.masked or mixed else "bounded"

@@ -280,6 +280,8 @@ def work_array(address: str, name: str) -> zarr.Array[Any]:
 def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
     """The values of `region`, which may run beyond the array and is then read modulo its shape.
 
+    Axes that the array has before those of `region` are read whole.
+
     Raises
     ------
     StoreError
@@ -288,6 +290,7 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
     from zarr.core.sync import sync
 
     array = _open_array(address, path)
+    region = (*(slice(0, n) for n in array.shape[: array.ndim - len(region)]), *region)
     unit = array.shards or array.chunks
     touched = [
         sorted({source.start // u for _, source in pieces(s.start, s.stop, n, u)})

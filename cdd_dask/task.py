@@ -30,7 +30,7 @@ from cdd_dask.readers.regions import read_region
 from cdd_dask.refinement import Refinement
 from cdd_dask.statistics import Statistics
 from cdd_dask.time_stepping import Steps, channel_steps
-from cdd_dask.working import Nature, field_name, part_name
+from cdd_dask.working import Nature, field_name, keeps_states, part_name
 
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -293,21 +293,25 @@ def _diffuse_block(job: _Job, task: Task) -> TaskResult:
 def _move_block(job: _Job, task: Task, cells: CellWork) -> TaskResult:
     """Move a block's voxels to what their cells say."""
     core, stage, work = job.grid.core(task.block), task.work.stages[0], task.work
-    start = _read_core(job, stage, core)
-    empty = job.parameters.constraint != "unconstrained" and not _has_values(start)
-    if empty:
-        end = start.copy()
-    elif work.kind == "scatter":
-        end = cells.scatter(start, core)
+    states, ends = keeps_states(job.parameters, task.nature), work.last == job.stages[stage].steps
+    goes_on = work.kind == "relax" and work.number > 0 and states
+    if goes_on:
+        path = store.work_path(part_name(stage - 1, work.number - 1))
+        field = store.read_block(job.work, path, core)
     else:
-        path = store.work_path(cells.start_of_relaxing(work))
-        end = cells.relax(store.read_block(job.work, path, core), core)
-    if work.last < job.stages[stage].steps:
+        field = _read_core(job, stage, core)
+    if _stays(job.parameters, field):
+        end = field.copy()
+    else:
+        end = (cells.scatter if work.kind == "scatter" else cells.relax)(field, core)
+    if not ends:
         cells.write_means(core, end)
-        if cells.keeps_states:
+        if states:
             path = store.work_path(part_name(stage - 1, work.number))
             store.write_block(job.work, path, core, end)
         return TaskResult(task.block, {}, computed=0, empty=0)
+    start = _read_core(job, stage, core) if goes_on else field
+    empty = _stays(job.parameters, start)
     statistics = _write_field(job, task, stage, core, end)
     statistics |= _write_channel(task, stage - 1, core, start, end)
     return TaskResult(task.block, statistics, computed=int(not empty), empty=int(empty))
@@ -381,6 +385,11 @@ def _is_empty(parameters: Parameters, field: NDArray[Any], block: HaloedBlock) -
     else:
         field = field[block.inner]
     return not _has_values(field)
+
+
+def _stays(parameters: Parameters, field: NDArray[Any]) -> bool:
+    """Whether a step leaves voxels as they are, whatever lies around them."""
+    return parameters.constraint != "unconstrained" and not _has_values(field)
 
 
 def _has_values(field: NDArray[Any]) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cdd_dask.blocks import Grid
-from cdd_dask.closure import SNAPSHOTS, coarse_shape, group_sizes
+from cdd_dask.closure import SNAPSHOTS, coarse_shape
+from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Pass, Plan, Stage
-from cdd_dask.regimes import face_layers, has_shares
+from cdd_dask.regimes import face_layers, group_count, has_shares
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ def groups_name(k: int, number: int) -> str:
 def snapshots_name(k: int) -> str:
     """Smooth fields that voxels will be moved to."""
     return f"snapshots_{k:02d}"
+
+
+def keeps_states(parameters: Parameters, nature: Nature) -> bool:
+    """Whether a step needs what the one before left of the voxels.
+
+    Of one sign they follow from their first values and the last smooth field alone, and without a
+    constraint from the latter.
+    """
+    return nature.sign == 0 and parameters.constraint != "unconstrained"
 
 
 def kept_steps(stage: Stage, sign: int) -> tuple[int, ...]:
@@ -109,14 +119,14 @@ def geometry(plan: Plan, name: str, nature: Nature) -> Grid | None:
     kind, number, *part = name.split("_")
     k = int(number)
     if kind == "field":
-        history = part and plan.stages[-1].number and _streams(plan, k)
-        return None if history and nature.sign else plan.grid
-    stage = next(stage for stage in plan.stages if stage.number == k + 1)
+        streamed = part and _stage(plan, k).regime == "stream"
+        return None if streamed and not keeps_states(plan.parameters, nature) else plan.grid
+    stage = _stage(plan, k)
     shared = int(has_shares(plan.parameters, plan.volume.shape, stage.levels) or nature.masked)
     values = {
         "means": 1 + shared,
         "smooth": 1 + nature.masked,
-        "groups": _groups(stage) + 1 + shared,
+        "groups": group_count(stage.regime, stage.levels) + 1 + shared,
         "snapshots": len(kept_steps(stage, nature.sign)),
     }[kind]
     by_voxels = kind == "means" or (kind == "groups" and part[-1] == "0")
@@ -131,9 +141,6 @@ def geometry(plan: Plan, name: str, nature: Nature) -> Grid | None:
     return Grid((values, *cells), (values, *block))
 
 
-def _groups(stage: Stage) -> int:
-    return len(group_sizes(2 ** sum(stage.levels))) if stage.regime == "closure" else 0
-
-
-def _streams(plan: Plan, k: int) -> bool:
-    return any(stage.number == k + 1 and stage.regime == "stream" for stage in plan.stages)
+def _stage(plan: Plan, k: int) -> Stage:
+    """The stage of channel `k`."""
+    return next(stage for stage in plan.stages if stage.number == k + 1)

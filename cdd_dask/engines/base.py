@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
+from cdd_dask.engines.cells import move_groups
 from cdd_dask.time_stepping import Steps
 
 Faces = tuple[tuple[str, str], ...]
@@ -75,6 +76,8 @@ class Engine(ABC):
     has_pyramid: ClassVar[bool] = False
     """Whether it smooths with wide kernels on a coarser grid, see `pyramid`."""
     device: str = "cpu"
+    move_groups = staticmethod(move_groups)
+    """How the groups of cells take a step, on the host; see `cells.move_groups`."""
 
     @abstractmethod
     def diffuse(self, field: NDArray[Any], diffusion: Diffusion) -> NDArray[Any]:
@@ -105,20 +108,6 @@ class Engine(ABC):
     def device_count(self) -> int:
         """Number of such devices on this machine."""
         return 1
-
-    def move_groups(
-        self,
-        groups: NDArray[Any],
-        weights: NDArray[Any],
-        change: NDArray[Any],
-        means: NDArray[Any],
-        level: NDArray[Any] | None,
-        sign: int,
-    ) -> None:
-        """One step of the groups of cells, see `cells.move_groups`; on the host."""
-        from cdd_dask.engines.cells import move_groups
-
-        move_groups(groups, weights, change, means, level, sign)
 
     @abstractmethod
     def limit_threads(self, count: int) -> int:

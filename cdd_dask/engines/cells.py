@@ -190,7 +190,6 @@ class Evolution:
     """A step's kernel on the cells."""
     halo: tuple[int, ...]
     """Cells around the others that voxels need, per axis: 1 where the grid is halved."""
-    constraint: str
     sign: int
     """1 or -1 where all voxels have that sign, 0 where both occur."""
     masked: bool

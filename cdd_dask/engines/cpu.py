@@ -30,6 +30,7 @@ class CpuEngine(Engine):
     name = "cpu"
     voxel_steps_per_second = 5e8
     has_pyramid = True
+    move_groups = staticmethod(move_groups)
 
     def diffuse(self, field: NDArray[Any], diffusion: Diffusion) -> NDArray[Any]:
         axes = _merged(field.shape, diffusion)
@@ -47,20 +48,6 @@ class CpuEngine(Engine):
         # and one smoothed axis
         host = 2 * itemsize + (1 + 8 + 8 if blanks else 0)
         return Footprint(host=host, device=0, line=team.threads * separable.WIDTH * 8)
-
-    def move_groups(
-        self,
-        groups: NDArray[Any],
-        weights: NDArray[Any],
-        change: NDArray[Any],
-        means: NDArray[Any],
-        level: NDArray[Any] | None,
-        sign: int,
-    ) -> None:
-        flat = np.ascontiguousarray(weights).reshape(len(weights), -1)
-        moved, by = groups.reshape(len(groups), -1), np.ascontiguousarray(change).reshape(-1)
-        levels = () if level is None else np.ascontiguousarray(level).reshape(-1)
-        move_groups(moved, flat, by, means.reshape(-1), levels, sign)
 
     def limit_threads(self, count: int) -> int:
         return team.limit_threads(count)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
 from cdd_dask.engines.rows import compiled
 
 CHUNK = 4096
@@ -24,9 +29,23 @@ def _move(group, weight, change, means, level, sign, start, stop):  # type: igno
 
 
 @compiled
-def move_groups(groups, weights, change, means, level, sign):  # type: ignore[no-untyped-def]
-    """As `cells.move_groups`, of flat arrays of cells; `level` may be ``()``."""
+def _move_all(groups, weights, change, means, level, sign):  # type: ignore[no-untyped-def]
     for start in range(0, len(change), CHUNK):
         stop = min(start + CHUNK, len(change))
         for g in range(len(groups)):
             _move(groups[g], weights[g], change, means, level, sign, start, stop)
+
+
+def move_groups(
+    groups: NDArray[Any],
+    weights: NDArray[Any],
+    change: NDArray[Any],
+    means: NDArray[Any],
+    level: NDArray[Any] | None,
+    sign: int,
+) -> None:
+    """As `cells.move_groups`."""
+    count = len(groups)
+    flat = (np.ascontiguousarray(part).reshape(count, -1) for part in (groups, weights))
+    levels = () if level is None else np.ascontiguousarray(level).reshape(-1)
+    _move_all(*flat, np.ascontiguousarray(change).reshape(-1), means.reshape(-1), levels, sign)
