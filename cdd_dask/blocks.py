@@ -78,24 +78,19 @@ class HaloedBlock:
     """Rule of every face of `outer`: the boundary at the volume's faces, elsewhere `CUT`."""
 
 
-def haloed_block(grid: Grid, number: int, depth: tuple[int, ...], boundary: str) -> HaloedBlock:
-    """The region to read for block `number` with a halo of `depth` voxels per axis.
-
-    Examples
-    --------
-    >>> block = haloed_block(Grid((10,), (4,)), 1, (2,), "reflect")
-    >>> block.outer, block.inner, block.faces
-    ((slice(2, 10, None),), (slice(2, 6, None),), (('cut', 'reflect'),))
-    >>> haloed_block(Grid((10,), (4,)), 0, (2,), "wrap").outer
-    (slice(-2, 6, None),)
-    """
-    return with_halo(grid.core(number), grid.shape, depth, boundary)
-
-
 def with_halo(
     region: Region, shape: tuple[int, ...], depth: tuple[int, ...], boundary: str
 ) -> HaloedBlock:
-    """The region to read to compute `region` of a volume of `shape` as a core."""
+    """The region to read to compute `region` of a volume of `shape` with a halo of `depth` voxels.
+
+    Examples
+    --------
+    >>> block = with_halo((slice(4, 8),), (10,), (2,), "reflect")
+    >>> block.outer, block.inner, block.faces
+    ((slice(2, 10, None),), (slice(2, 6, None),), (('cut', 'reflect'),))
+    >>> with_halo((slice(0, 4),), (10,), (2,), "wrap").outer
+    (slice(-2, 6, None),)
+    """
     outer, inner, faces = [], [], []
     for core, n, h in zip(region, shape, depth, strict=True):
         start, stop = halo_range(core, n, h, boundary)

@@ -141,12 +141,15 @@ class Draft:
 
     def _fits(self, grid: Grid, k: int, option: Regime) -> bool:
         """Whether tasks of channel `k` fit the memory, what stays there being a guess."""
-        kept = (len(self.edges) + 2) * self.field_bytes if self.resources.in_memory else 0
-        tasks = min(self.resources.tasks_per_budget, len(grid))
         device = self.resources.device_memory
         if device is not None and self.device(grid, k, option) > device:
             return False
-        return self.host(grid, k, option) * tasks <= self.resources.memory - kept
+        return self.host(grid, k, option) <= self._share(grid)
+
+    def _share(self, grid: Grid) -> int:
+        """Bytes on the host that one task may take."""
+        kept = (len(self.edges) + 2) * self.field_bytes if self.resources.in_memory else 0
+        return (self.resources.memory - kept) // min(self.resources.tasks_per_budget, len(grid))
 
     def options(self, grid: Grid, k: int) -> Iterator[Regime]:
         """The ways in which channel `k` can be computed in blocks of `grid`."""
@@ -157,9 +160,9 @@ class Draft:
         yield Regime(name, levels, (steps.count,), self.depths[k], self.blank_depths[k])
         if len(grid) == 1 or steps.refinement > 1:
             return
-        blank = self.blank_depths[k]
+        depth = self.depths[k]
         for count in part_counts(steps.count)[1:]:
-            if self.computed(grid, k, blank) < SMALL_HALO * math.prod(grid.shape):
+            if self.computed(grid, k, depth) < SMALL_HALO * math.prod(grid.shape):
                 break  # more passes would gain next to nothing
             depth, blank = self._split(k, count)
             yield Regime(name, levels, even_parts(steps.count, count), depth, blank)
@@ -184,7 +187,10 @@ class Draft:
     def host(self, grid: Grid, k: int, regime: Regime) -> int:
         """Bytes that one task of channel `k` holds at its peak on the host."""
         if regime.cells is None:
-            return self.task_memory(grid, k, regime).host
+            return max(
+                self.task_memory(grid, k, regime).host,
+                self.blank_memory(grid, k, regime, self.blank_tile(grid, k, regime)).host,
+            )
         itemsize, footprint = self.parameters.itemsize, self.resources.footprint
         masked = self.volume.may_be_masked(self.parameters)
         return max(
@@ -195,25 +201,62 @@ class Draft:
     def device(self, grid: Grid, k: int, regime: Regime) -> int:
         """Bytes that one task of channel `k` holds at its peak on the device."""
         if regime.cells is None:
-            return self.task_memory(grid, k, regime).device
+            return max(
+                self.task_memory(grid, k, regime).device,
+                self.blank_memory(grid, k, regime, self.blank_tile(grid, k, regime)).device,
+            )
         return cell_block(regime) * self.resources.footprint.device
+
+    def blank_tile(self, grid: Grid, k: int, regime: Regime) -> tuple[int, ...]:
+        """What is computed at once of a block with blank voxels, of channel `k`."""
+        tile, device = grid.block, self.resources.device_memory
+        if regime.cells is not None or len(grid) == 1 or self.steps[k].refinement > 1:
+            return tile
+        while max(tile) > SMALLEST_TILE:
+            memory = self.blank_memory(grid, k, regime, tile)
+            if memory.host <= self._share(grid) and (device is None or memory.device <= device):
+                break
+            longest = tile.index(max(tile))
+            tile = (*tile[:longest], -(-tile[longest] // 2), *tile[longest + 1 :])
+        return tile
 
     def task_memory(self, grid: Grid, k: int, regime: Regime) -> TaskMemory:
         """What decides the bytes that a task of channel `k` holds at its peak."""
-        depth, boundary = regime.blank_depth, self.parameters.boundary
+        depth, boundary, from_source = regime.depth, self.parameters.boundary, k == 0
         refined = self.steps[k].refinement > 1
+        whole = len(grid) == 1 or refined or self.volume.as_if_blank(self.parameters)
+        if whole:  # blank voxels make no difference
+            depth = regime.blank_depth
         haloed = haloed_shape(grid, depth, boundary)
         cells = self.cells(self.tiles(grid), k) if refined else None
         return TaskMemory(
             grid=grid,
             haloed=haloed,
-            footprint=self.resources.footprint,
+            footprint=self.resources.blank_footprint if whole else self.resources.footprint,
             itemsize=self.parameters.itemsize,
-            source_itemsize=self.volume.source_itemsize,
-            source_chunk=self.volume.source_chunk,
+            source_itemsize=self.volume.source_itemsize if from_source else 0,
+            source_chunk=self.volume.source_chunk if from_source else None,
             cells=cells,
             coarse_cells=coarse_cells(cells or haloed, self.steps[k], regime.levels),
             channels=self.refined if refined else 1,
+        )
+
+    def blank_memory(self, grid: Grid, k: int, regime: Regime, tile: tuple[int, ...]) -> TaskMemory:
+        """The same where blank voxels are found, and a block is computed tile by tile."""
+        plain = self.task_memory(grid, k, regime)
+        if len(grid) == 1 or self.steps[k].refinement > 1:
+            return plain
+        beyond = self.parameters.boundary == "wrap"
+        haloed = tuple(
+            n if t == n else t + 2 * h if beyond else min(n, t + 2 * h)
+            for n, t, h in zip(grid.shape, tile, regime.blank_depth, strict=True)
+        )
+        return replace(
+            plain,
+            haloed=haloed,
+            footprint=self.resources.blank_footprint,
+            coarse_cells=coarse_cells(haloed, self.steps[k], regime.levels),
+            cores=2,
         )
 
     def disk(self, grid: Grid) -> tuple[Space, Space]:
@@ -264,11 +307,12 @@ class Draft:
         """The largest tile whose cells take no more than a `share` of a task's memory."""
         resources, on_device = self.resources, self.resources.device_memory
         allowed = share * resources.memory / resources.tasks_per_budget
-        per_cell = max(resources.footprint.host, 3 * self.parameters.itemsize)
+        footprint = resources.blank_footprint
+        per_cell = max(footprint.host, 3 * self.parameters.itemsize)
         for tile in self._candidates(SMALLEST_TILE, self.blank_depths[0]):
             cells = math.prod(self.cells(tile, 0))
             if cells * per_cell <= allowed and (
-                on_device is None or cells * resources.footprint.device <= on_device
+                on_device is None or cells * footprint.device <= on_device
             ):
                 break
         return tile.block  # the smallest, where none is small enough
@@ -311,7 +355,7 @@ class Draft:
 
     def grids(self) -> Iterator[Grid]:
         """Blocks to choose from: large ones have small halos, many keep all workers busy."""
-        deepest = tuple(max(along) for along in zip(*self.blank_depths, strict=True))
+        deepest = tuple(max(along) for along in zip(*self.depths, strict=True))
         for grid in self._candidates(SMALLEST_CORE, deepest):
             yield grid
             # the same in multiples of large powers of 2, which hold whole cells

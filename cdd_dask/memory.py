@@ -128,6 +128,8 @@ class TaskMemory:
     """Cells of the coarser grids that the block is smoothed on."""
     channels: int = 1
     """Channels that the pass computes."""
+    cores: int = 1
+    """Cores held besides what is read and diffused."""
 
     @property
     def host(self) -> int:
@@ -137,6 +139,7 @@ class TaskMemory:
         type), diffusing it while the core's start is kept, and encoding a core to write it.
         """
         haloed = math.prod(self.haloed) * self.itemsize
+        held = (self.cores - 1) * math.prod(self.grid.block) * self.itemsize
         core = math.prod(self.grid.block) * self.itemsize
         shard, chunk = storage_chunks(self.grid)
         # one shard is read at a time: its chunks encoded, some of them decoded
@@ -154,15 +157,15 @@ class TaskMemory:
         coarse = max(0, self.coarse_cells - computed) * max(self.itemsize, 8)
         if self.cells is None:
             diffusing = computed * work + coarse + max(self.haloed) * lines + core
-            writing = haloed + 2 * core + 2 * encoded
+            # the halo is gone when the shard is encoded, and then joined
+            writing = 2 * core + max(haloed, 2 * encoded)
         else:
             # interpolating holds the cells, and about as much again of what they are made of
             refined = computed * max(work, 3 * self.itemsize + 1) + coarse
             fields = haloed + (self.channels + 1) * core
             diffusing = fields + refined + max(self.cells) * lines
             writing = fields + 2 * core + 2 * encoded
-        # with the field, its core and the channel; the shard is encoded and then joined
-        return max(reading, diffusing, writing) + TASK_OVERHEAD
+        return max(reading + held, diffusing + held, writing) + TASK_OVERHEAD
 
     @property
     def device(self) -> int:

@@ -142,9 +142,14 @@ def _stage(draft: Draft, grid: Grid, number: int) -> Stage:
     k = number - 1
     steps, regime = draft.steps[k], draft.regimes(grid)[k]
     cut = [count > 1 for count in (draft.tiles(grid) if steps.refinement > 1 else grid).counts]
+    blank_tile = draft.blank_tile(grid, k, regime)
+    cut_by_tiles = [
+        whole or tile < block
+        for whole, tile, block in zip(cut, blank_tile, grid.block, strict=True)
+    ]
     depth, blank_depth = (
-        tuple(h if is_cut else 0 for h, is_cut in zip(depths, cut, strict=True))
-        for depths in (regime.depth, regime.blank_depth)
+        tuple(h if is_cut else 0 for h, is_cut in zip(depths, where, strict=True))
+        for depths, where in ((regime.depth, cut), (regime.blank_depth, cut_by_tiles))
     )
     read, written = draft.moved_bytes(grid, k, regime)
     cells = regime.cells or Grid((), ())
@@ -165,6 +170,7 @@ def _stage(draft: Draft, grid: Grid, number: int) -> Stage:
         cell_depth=regime.cell_depth,
         refinement=steps.refinement,
         tile=draft.tiles(grid).block if steps.refinement > 1 else grid.block,
+        blank_tile=blank_tile,
         tasks=len(grid),
         haloed_voxels=math.prod(grid.shape) if regime.cells else draft.computed(grid, k, depth),
         voxel_steps=draft.work(grid, k, regime),
@@ -217,6 +223,7 @@ def _copying_in(draft: Draft, grid: Grid) -> Stage:
         cell_depth=(),
         refinement=1,
         tile=grid.block,
+        blank_tile=grid.block,
         tasks=len(grid),
         haloed_voxels=voxels,
         voxel_steps=0,

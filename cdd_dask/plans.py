@@ -45,6 +45,10 @@ class Volume:
         """Whether there may be blank voxels that take no part."""
         return parameters.nan == "mask" and self.has_nan
 
+    def as_if_blank(self, parameters: Parameters) -> bool:
+        """Whether all blocks are computed as if they had blank voxels: no bit may tell."""
+        return parameters.rtol == 0 and self.may_be_masked(parameters)
+
 
 @dataclass(frozen=True)
 class Speeds:
@@ -113,6 +117,8 @@ class Resources:
     """Threads a task may compute with."""
     footprint: Footprint
     """The engine's working memory in bytes per voxel."""
+    blank_footprint: Footprint
+    """The same where there are blank voxels; `footprint`, if there can be none."""
     speeds: Speeds
     """How fast one task is, for estimates of time."""
     has_pyramid: bool = False
@@ -164,6 +170,8 @@ class Stage:
     """Cells per voxel and decomposed axis; 1 is the volume's own grid."""
     tile: tuple[int, ...]
     """What is computed at once of a block's core, in voxels: all of it, but on a refined grid."""
+    blank_tile: tuple[int, ...]
+    """The same of a block that holds blank voxels, which take more memory."""
     tasks: int
     """Number of tasks."""
     haloed_voxels: int

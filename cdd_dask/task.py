@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask import store
-from cdd_dask.blocks import Grid, HaloedBlock, Region, haloed_block, shifted, starts, with_halo
+from cdd_dask.blocks import Grid, HaloedBlock, Region, shifted, starts, with_halo
 from cdd_dask.cell_tasks import CellWork
 from cdd_dask.engines import Diffusion, Engine, Faces, load_engine
 from cdd_dask.errors import BlockError
@@ -24,7 +24,7 @@ from cdd_dask.halo import channel_passes
 from cdd_dask.kernels import discrete_gaussian
 from cdd_dask.memory import return_freed_memory
 from cdd_dask.parameters import Parameters
-from cdd_dask.plans import Pass, Stage, stage_from_dict
+from cdd_dask.plans import Pass, Stage, Volume, stage_from_dict
 from cdd_dask.readers import BadValueError, open_source, read_field
 from cdd_dask.readers.regions import read_region
 from cdd_dask.refinement import Refinement
@@ -216,17 +216,18 @@ def _load_job(address: str, run: str) -> _Job:
         device=plan["resources"]["device"],
         source=attributes["source"]["address"],
         copy_in=plan["copy_in"],
-        as_if_blank=parameters.rtol == 0
-        and parameters.nan == "mask"
-        and bool(plan["volume"]["has_nan"]),
+        as_if_blank=Volume(shape, has_nan=plan["volume"]["has_nan"]).as_if_blank(parameters),
     )
 
 
 def _run(job: _Job, task: Task) -> TaskResult:
     """Compute one block of a pass."""
     kind, block = task.work.kind, task.block
-    if kind in ("copy", "diffuse"):
-        return _copy(job, task) if kind == "copy" else _diffuse_block(job, task)
+    if kind == "copy":
+        return _copy(job, task)
+    if kind == "diffuse":
+        several = len(job.grid) == 1 or job.stages[task.work.stages[0]].refinement > 1
+        return (_diffuse_channels if several else _diffuse_pass)(job, task)
     cells = job.cells(task.work.stages[0], task.nature)
     if kind == "smooth":
         cells.smooth(block)
@@ -246,20 +247,60 @@ def _copy(job: _Job, task: Task) -> TaskResult:
     return TaskResult(task.block, {"source": Statistics.of(field)}, computed=0, empty=0)
 
 
-def _diffuse_block(job: _Job, task: Task) -> TaskResult:
-    """Diffuse a block with its halo; between stages the field stays in memory."""
+def _diffuse_pass(job: _Job, task: Task) -> TaskResult:
+    """Take a block through some steps of one channel."""
+    core, work, stage = job.grid.core(task.block), task.work, task.work.stages[0]
+    start, end, empty = _diffused_block(job, task)
     statistics: dict[str, Statistics] = {}
-    core, work, stages = job.grid.core(task.block), task.work, task.work.stages
-    field, block, depth = _read(job, task)
-    if job.has_source(stages[0]) and work.number == 0:
-        statistics["source"] = Statistics.of(np.ascontiguousarray(field[block.inner]))
-    if work.last < job.steps[stages[-1] - 1].count:
-        if not _is_empty(job.parameters, field, block):
-            field = _diffuse(job, stages[0] - 1, field, block, work.last - work.first)
-        part = np.ascontiguousarray(field[block.inner])
-        path = store.work_path(part_name(stages[0] - 1, work.number))
-        store.write_block(job.work, path, core, part)
+    if job.has_source(stage) and work.number == 0:
+        statistics["source"] = Statistics.of(start)
+    if work.last < job.stages[stage].steps:
+        path = store.work_path(part_name(stage - 1, work.number))
+        store.write_block(job.work, path, core, end)
         return TaskResult(task.block, statistics, computed=0, empty=0)
+    if work.number:  # the channel began passes ago
+        start = _read_core(job, stage, core)
+    statistics |= _write_field(job, task, stage, core, end)
+    statistics |= _write_channel(task, stage - 1, core, start, end)
+    return TaskResult(task.block, statistics, computed=int(not empty), empty=int(empty))
+
+
+def _diffused_block(job: _Job, task: Task) -> tuple[NDArray[Any], NDArray[Any], bool]:
+    """A block's core before and after the steps of a pass, and whether nothing became of it.
+
+    Blank voxels need a deeper halo and more memory: a block that holds some is computed in tiles,
+    each with a halo of its own.
+    """
+    core = job.grid.core(task.block)
+    stage, count = job.stages[task.work.stages[0]], task.work.last - task.work.first
+    field, block = _read_with_halo(job, task, core, stage.depth)
+    start = field[block.inner].copy()
+    if _is_empty(job.parameters, field, block):
+        return start, start.copy(), True
+    tiled = stage.blank_tile != job.grid.block or stage.blank_depth != stage.depth
+    if not tiled or not (job.as_if_blank or np.isnan(field.min())):
+        field = _diffuse(job, stage.number - 1, field, block, count)
+        return start, np.ascontiguousarray(field[block.inner]), False
+    del field  # before the tiles are there
+    end = np.empty_like(start)
+    tiles = Grid(start.shape, tuple(map(min, stage.blank_tile, start.shape)))
+    for place in map(tiles.core, range(len(tiles))):
+        tile = shifted(place, starts(core))
+        field, block = _read_with_halo(job, task, tile, stage.blank_depth)
+        if not _is_empty(job.parameters, field, block):
+            field = _diffuse(job, stage.number - 1, field, block, count)
+        end[place] = field[block.inner]
+        del field
+    return start, end, False
+
+
+def _diffuse_channels(job: _Job, task: Task) -> TaskResult:
+    """Diffuse a block through several channels, between which its field stays in memory."""
+    statistics: dict[str, Statistics] = {}
+    core, stages = job.grid.core(task.block), task.work.stages
+    field, block, depth = _read(job, task)
+    if job.has_source(stages[0]):
+        statistics["source"] = Statistics.of(np.ascontiguousarray(field[block.inner]))
     empty = 0
     for channels in channel_passes(job.steps):
         if channels.start + 1 not in stages:
@@ -274,11 +315,8 @@ def _diffuse_block(job: _Job, task: Task) -> TaskResult:
                 field = ends[-1].copy()  # the next pass starts from here
         else:
             start = field[block.inner].copy()
-            count = work.last - work.first if len(stages) == 1 else None
-            field = _diffuse(job, channels.start, field, block, count)
+            field = _diffuse(job, channels.start, field, block)
             ends = [field[block.inner]]
-        if work.number:  # the channel began passes ago
-            start = _read_core(job, stages[0], core)
         if channels.stop == stages[-1]:
             # the next task, or a reader, starts from here
             ends[-1] = np.ascontiguousarray(ends[-1])
@@ -345,20 +383,20 @@ def _read(job: _Job, task: Task) -> tuple[NDArray[Any], HaloedBlock, tuple[int, 
 
     A block with blank voxels takes a deeper one, unless nothing will become of it.
     """
-    stage = job.stages[task.work.stages[0]]
+    stage, core = job.stages[task.work.stages[0]], job.grid.core(task.block)
     depth, deeper = stage.depth, stage.blank_depth
-    field, block = _read_with_halo(job, task, depth)
+    field, block = _read_with_halo(job, task, core, depth)
     if depth == deeper or not np.isnan(field.min()) or _is_empty(job.parameters, field, block):
         return field, block, depth
     del field  # before the next one is there
-    return *_read_with_halo(job, task, deeper), deeper
+    return *_read_with_halo(job, task, core, deeper), deeper
 
 
 def _read_with_halo(
-    job: _Job, task: Task, depth: tuple[int, ...]
+    job: _Job, task: Task, core: Region, depth: tuple[int, ...]
 ) -> tuple[NDArray[Any], HaloedBlock]:
     stage, number = task.work.stages[0], task.work.number
-    block = haloed_block(job.grid, task.block, depth, job.parameters.boundary)
+    block = with_halo(core, job.grid.shape, depth, job.parameters.boundary)
     if number:
         path = store.work_path(part_name(stage - 1, number - 1))
         return store.read_block(job.work, path, block.outer), block

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from cdd_dask.blocks import (
     LARGEST_CHUNK,
     Grid,
-    haloed_block,
     haloed_shape,
     haloed_voxels,
     pieces,
     storage_chunks,
+    with_halo,
 )
 from cdd_dask.boundaries import CUT
 from cdd_dask.parameters import BOUNDARIES
@@ -66,7 +66,7 @@ def test_outer_is_core_and_halo(haloed: tuple[Grid, tuple[int, ...]], boundary: 
     """
     grid, depth = haloed
     for number in range(len(grid)):
-        outer = haloed_block(grid, number, depth, boundary).outer
+        outer = with_halo(grid.core(number), grid.shape, depth, boundary).outer
         axes = zip(outer, grid.core(number), grid.shape, grid.counts, depth, strict=True)
         for read, core, size, count, halo in axes:
             if count == 1:
@@ -84,7 +84,7 @@ def test_inner_finds_the_core_in_outer(haloed: tuple[Grid, tuple[int, ...]], bou
     grid, depth = haloed
     volume = np.arange(math.prod(grid.shape)).reshape(grid.shape)
     for number in range(len(grid)):
-        block = haloed_block(grid, number, depth, boundary)
+        block = with_halo(grid.core(number), grid.shape, depth, boundary)
         places = [
             np.arange(s.start, s.stop) % n for s, n in zip(block.outer, grid.shape, strict=True)
         ]
@@ -102,7 +102,7 @@ def test_faces_are_cut_where_the_volume_goes_on(
     """
     grid, depth = haloed
     for number in range(len(grid)):
-        block = haloed_block(grid, number, depth, boundary)
+        block = with_halo(grid.core(number), grid.shape, depth, boundary)
         for read, size, rules in zip(block.outer, grid.shape, block.faces, strict=True):
             low, high = read.start == 0, read.stop == size
             if boundary == "wrap":
@@ -115,7 +115,10 @@ def test_counted_voxels_are_the_voxels_read(haloed: tuple[Grid, tuple[int, ...]]
     """The plan's closed sums equal the sizes of all halo'd blocks, added one by one."""
     grid, depth = haloed
     sizes = [
-        math.prod(s.stop - s.start for s in haloed_block(grid, number, depth, boundary).outer)
+        math.prod(
+            s.stop - s.start
+            for s in with_halo(grid.core(number), grid.shape, depth, boundary).outer
+        )
         for number in range(len(grid))
     ]
     assert haloed_voxels(grid, depth, boundary) == sum(sizes)
