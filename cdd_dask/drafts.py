@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from operator import mul
 
 from cdd_dask.blocks import Grid, haloed_shape, haloed_voxels
@@ -14,7 +15,7 @@ from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
 from cdd_dask.memory import TaskMemory, cell_task_bytes, voxel_task_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Resources, Volume
-from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps
+from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps, margin
 from cdd_dask.regimes import (
     Regime,
     cell_block,
@@ -64,6 +65,9 @@ def drafts_of(parameters: Parameters, volume: Volume, resources: Resources) -> l
         edges=edges,
         steps=steps,
         levels=levels,
+        margins=tuple(
+            tuple(map(margin, one.kernels, level)) for one, level in zip(steps, levels, strict=True)
+        ),
         computed_steps=computed,
         depths=depths,
         blank_depths=blank_depths,
@@ -86,6 +90,8 @@ class Draft:
     steps: tuple[Steps, ...]
     levels: tuple[tuple[int, ...], ...]
     """How often every channel halves the grid for its smoothing, per axis."""
+    margins: tuple[tuple[int, ...], ...]
+    """Voxels beyond a face of which these grids' cells are made, see `pyramid.margin`."""
     computed_steps: tuple[Steps, ...]
     """The steps with the kernels that these halvings make of theirs."""
     depths: tuple[tuple[int, ...], ...]
@@ -96,6 +102,10 @@ class Draft:
     """What is refined at once, in voxels, where blocks are larger."""
     chosen: dict[Grid, tuple[Regime, ...]] = field(default_factory=dict, compare=False)
     """The regimes chosen for a grid, as far as it was looked at."""
+    blank_tiles: dict[tuple[Grid, int, Regime], tuple[int, ...]] = field(
+        default_factory=dict, compare=False
+    )
+    """What is computed at once of blocks with blank voxels, as far as it was looked at."""
     splits: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = field(
         default_factory=dict, compare=False
     )
@@ -141,10 +151,18 @@ class Draft:
 
     def _fits(self, grid: Grid, k: int, option: Regime) -> bool:
         """Whether tasks of channel `k` fit the memory, what stays there being a guess."""
+        if option.cells is None and not self._has_room(grid, self.task_memory(grid, k, option)):
+            return False  # not even without blank voxels
         device = self.resources.device_memory
         if device is not None and self.device(grid, k, option) > device:
             return False
         return self.host(grid, k, option) <= self._share(grid)
+
+    def _has_room(self, grid: Grid, needed: TaskMemory) -> bool:
+        """Whether a task's arrays fit on host and device."""
+        device = self.resources.device_memory
+        fits_device = device is None or needed.device <= device
+        return fits_device and needed.host <= self._share(grid)
 
     def _share(self, grid: Grid) -> int:
         """Bytes on the host that one task may take."""
@@ -209,16 +227,17 @@ class Draft:
 
     def blank_tile(self, grid: Grid, k: int, regime: Regime) -> tuple[int, ...]:
         """What is computed at once of a block with blank voxels, of channel `k`."""
-        tile, device = grid.block, self.resources.device_memory
         if regime.cells is not None or len(grid) == 1 or self.steps[k].refinement > 1:
-            return tile
-        while max(tile) > SMALLEST_TILE:
-            memory = self.blank_memory(grid, k, regime, tile)
-            if memory.host <= self._share(grid) and (device is None or memory.device <= device):
-                break
-            longest = tile.index(max(tile))
-            tile = (*tile[:longest], -(-tile[longest] // 2), *tile[longest + 1 :])
-        return tile
+            return grid.block
+        if (grid, k, regime) not in self.blank_tiles:
+
+            def has_room(tile: tuple[int, ...]) -> bool:
+                return self._has_room(grid, self.blank_memory(grid, k, regime, tile))
+
+            tiles = smaller_tiles(grid.block)
+            best = bisect_left(tiles, True, key=has_room)
+            self.blank_tiles[grid, k, regime] = tiles[min(best, len(tiles) - 1)]
+        return self.blank_tiles[grid, k, regime]
 
     def task_memory(self, grid: Grid, k: int, regime: Regime) -> TaskMemory:
         """What decides the bytes that a task of channel `k` holds at its peak."""
@@ -237,7 +256,7 @@ class Draft:
             source_itemsize=self.volume.source_itemsize if from_source else 0,
             source_chunk=self.volume.source_chunk if from_source else None,
             cells=cells,
-            coarse_cells=coarse_cells(cells or haloed, self.steps[k], regime.levels),
+            coarse_cells=coarse_cells(cells or haloed, self.margins[k], regime.levels),
             channels=self.refined if refined else 1,
         )
 
@@ -255,7 +274,7 @@ class Draft:
             plain,
             haloed=haloed,
             footprint=self.resources.blank_footprint,
-            coarse_cells=coarse_cells(haloed, self.steps[k], regime.levels),
+            coarse_cells=coarse_cells(haloed, self.margins[k], regime.levels),
             cores=2,
         )
 
@@ -456,6 +475,23 @@ class Space:
     def of(cls, bytes_: int, files: int) -> Space:
         """With a percent for zstd where it finds nothing to compress, and a disk block per file."""
         return cls(int(bytes_ * 1.01) + files * 4096, files)
+
+
+@lru_cache
+def smaller_tiles(block: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """A block, and ever smaller parts of it: the longest side is halved each time.
+
+    Examples
+    --------
+    >>> smaller_tiles((16, 10, 40))
+    [(16, 10, 40), (16, 10, 20), (16, 10, 10), (8, 10, 10), (8, 5, 10), (8, 5, 5)]
+    """
+    tiles = [block]
+    while max(block) > SMALLEST_TILE:
+        longest = block.index(max(block))
+        block = (*block[:longest], -(-block[longest] // 2), *block[longest + 1 :])
+        tiles.append(block)
+    return tiles
 
 
 def _multiple(length: int, unit: int) -> int:

@@ -159,8 +159,8 @@ def computed_steps(steps: Steps, levels: tuple[int, ...]) -> Steps:
     return replace(steps, kernels=tuple(map(chain_kernel, steps.kernels, levels)))
 
 
-def coarse_cells(shape: tuple[int, ...], steps: Steps, levels: tuple[int, ...]) -> int:
-    """Cells of all levels, at most, for a block of `shape`.
+def coarse_cells(shape: tuple[int, ...], margins: tuple[int, ...], levels: tuple[int, ...]) -> int:
+    """Cells of all levels, at most, for a block of `shape`; `margins` are those of the axes.
 
     The coarsest are held twice, and so are the finest, for the next step.
     The block's faces are all taken to need cells beyond them, see `can_extend_cells`.
@@ -168,8 +168,8 @@ def coarse_cells(shape: tuple[int, ...], steps: Steps, levels: tuple[int, ...]) 
     if not any(levels):
         return 0
     padded = [
-        (-(-n // 2**level) + 2 * (margin(kernel, level) >> level) + 1) * 2**level if level else n
-        for n, kernel, level in zip(shape, steps.kernels, levels, strict=True)
+        (-(-n // 2**level) + 2 * (beyond >> level) + 1) * 2**level if level else n
+        for n, beyond, level in zip(shape, margins, levels, strict=True)
     ]
     depth = max(levels)
     counts = [
@@ -194,5 +194,10 @@ def can_extend_cells(rule: str, at_border: bool) -> bool:
 
 
 def margin(kernel: Kernel, level: int) -> int:
-    """Voxels beyond a face from which cells are made, where its rule must act on voxels."""
+    """Voxels beyond a face from which cells are made, where its rule must act on voxels.
+
+    None where there are no cells.
+    """
+    if level == 0:
+        return 0
     return int((coarse_kernel(kernel, level).radius + REACH_OF_CASCADE) * 2**level)

@@ -30,7 +30,7 @@ from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
 from cdd_dask.memory import TaskMemory, format_bytes, return_freed_memory
 from cdd_dask.parameters import Parameters
 from cdd_dask.progress import Progress
-from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps, pyramid_error
+from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps, margin, pyramid_error
 from cdd_dask.readers import Source, read_field
 from cdd_dask.readers.regions import read_region
 from cdd_dask.refinement import Refinement
@@ -318,7 +318,12 @@ class _Recomputation:
             source_itemsize=max(itemsize, self.source.dtype.itemsize if reads_source else 0),
             source_chunk=self.source.chunk if reads_source else None,
             cells=cells if steps.refinement > 1 else None,
-            coarse_cells=max(coarse_cells(cells, self.steps[k], self.levels[k]) for k in channels),
+            coarse_cells=max(
+                coarse_cells(
+                    cells, tuple(map(margin, self.steps[k].kernels, self.levels[k])), self.levels[k]
+                )
+                for k in channels
+            ),
             channels=len(channels),
         ).host
 

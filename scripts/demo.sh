@@ -25,7 +25,7 @@ else
     source=$work/turbulence.npy
     # too little memory for the whole cube: it is computed in blocks; to say that no voxel is
     # blank saves some
-    budget+=(--memory 50MB --workers 2 --nan raise)
+    budget+=(--memory 40MB --workers 2 --nan raise)
     [ -f "$source" ] || "$venv/bin/python" "$here/scripts/turbulence.py" "$source" --size 128
 fi
 name=$(basename "$source")

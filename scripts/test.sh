@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes what the tests need in .venv (once) and runs them. --slow adds the long proofs;
+# Makes what the tests need in .venv (once) and runs them on all cores. --slow adds the long proofs;
 # other arguments go to pytest; --install-only stops before the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,4 +24,4 @@ for argument in "$@"; do
         *) rest+=("$argument") ;;
     esac
 done
-exec .venv/bin/python -m pytest ${select[@]+"${select[@]}"} ${rest[@]+"${rest[@]}"}
+exec .venv/bin/python -m pytest -n logical --dist worksteal ${select[@]+"${select[@]}"} ${rest[@]+"${rest[@]}"}
