@@ -13,17 +13,21 @@ from typing import Any
 
 from cdd_dask import store
 from cdd_dask.calibration import calibrate as run_calibration
-from cdd_dask.decomposition import Decomposition
-from cdd_dask.errors import InputError, OutputAccessError, OutputExistsError
+from cdd_dask.decomposition import Decomposition, open_decomposition
+from cdd_dask.errors import CddError, InputError, OutputAccessError, OutputExistsError
 from cdd_dask.executors import IN_PROCESS, start_executor
+from cdd_dask.identity import check_same, identity_of, source_identity
+from cdd_dask.lease import Lease
+from cdd_dask.objects import IN_MEMORY, new_memory_store
 from cdd_dask.output import check_output, check_scratch, check_vacant, output_address
 from cdd_dask.parameters import MAX_NDIM, Parameters, check_count
 from cdd_dask.planner import make_plan
-from cdd_dask.plans import Plan, Volume
+from cdd_dask.plans import Plan, Resources, Volume
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, open_source
 from cdd_dask.resources import resolve_resources
-from cdd_dask.run import execute, prepare_store
+from cdd_dask.resuming import find_begun
+from cdd_dask.run import execute, go_on_with_store, prepare_store
 from cdd_dask.task import limited_threads, prepare_process
 
 log = logging.getLogger(__name__)
@@ -63,9 +67,13 @@ def decompose(
     workers: int | None = None,
     client: Any = None,
     overwrite: bool = False,
+    break_lease: bool = False,
     progress: bool = True,
 ) -> Decomposition:
     """Split a field of 1 to 4 dimensions into its scales, in blocks that fit the memory.
+
+    Where `out` was begun by a run that was stopped, with the same parameters and of the same
+    source, this one goes on with the blocks that are left; where nothing is left it does nothing.
 
     Constrained diffusion decomposition (Li 2022, arXiv:2201.05484). The field is recovered as
     ``sum(channels) + residual``.
@@ -76,7 +84,8 @@ def decompose(
         A path (Zarr array, FITS, HDF5, TIFF, NIfTI, `.npy`; ``file::part`` names an HDU, a
         dataset or a series) or an array (NumPy, torch, Zarr, dask, xarray).
     out
-        Path of the Zarr store to make. None keeps the result in memory, uncompressed.
+        Path of the Zarr store to make, or to go on with. None keeps the result in memory,
+        uncompressed.
     min_scale
         First scale edge; None is the smallest spacing (1 voxel). All scales are in voxels, or in
         `unit` where `spacing` is given.
@@ -144,7 +153,7 @@ def decompose(
         bytes or as ``"500MB"``; None is half of what is free. With a client it is per worker.
     block
         Core of a block in voxels, one number or one per axis, clipped to the volume; None
-        takes the largest that `memory` holds.
+        takes the largest that `memory` holds, or those that `out` was begun with.
     scratch
         Folder for working fields, for example on a fast disk beside a cloud store; None keeps them
         in `out`. What the run puts there it removes when it is done.
@@ -157,6 +166,8 @@ def decompose(
         A `distributed.Client` whose workers reach `source` and `out` by the same paths.
     overwrite
         Replace a decomposition that is at `out`. Nothing else is ever replaced.
+    break_lease
+        Write to `out` even if another run seems to: one that surely is no more, on another host.
     progress
         Show a progress bar, or log lines where nobody watches.
 
@@ -172,9 +183,13 @@ def decompose(
     BudgetError
         If the memory does not suffice (a `MemoryError`); nothing is written.
     OutputExistsError
-        If `out` exists (a `FileExistsError`).
-    BlockError
-        If a block could not be computed; the store is left incomplete.
+        If `out` exists (a `FileExistsError`): as something else, or begun with other parameters or
+        of another source, the first of which the message names.
+    LeaseError
+        If another run writes to `out` (a `BlockingIOError`).
+    RunError
+        If blocks could not be computed, or the run was stopped by a full disk or the like; the
+        same call goes on with what is left.
 
     Examples
     --------
@@ -188,16 +203,27 @@ def decompose(
     """
     arguments = locals()
     opened = open_source(source)
-    made = _make_plan(opened, arguments)
-    resources = made.resources
+    request = _request(opened, arguments)
+    identity: dict[str, Any] = {}
     if out is None:
         # the store lives as long as what is returned, which holds it
-        address, _kept = store.new_memory_store()
+        address, _kept = new_memory_store()
+        made = make_plan(*request)
     else:
-        address = output_address(out)
-        check_output(address, opened, made, overwrite)
-        if scratch is not None:
-            scratch = check_scratch(scratch, address, made)
+        address, identity = output_address(out), source_identity(opened)
+        begun = None if overwrite else find_begun(address)
+        if begun is not None:
+            made = begun.plan(*request, identity, scratch)
+            if begun.complete:
+                log.info("%s is complete: nothing is left to do", address)
+                return open_decomposition(address)
+        else:
+            made = make_plan(*request)
+            check_output(address, opened, made, overwrite)
+            if scratch is not None:
+                scratch = check_scratch(scratch, address, made)
+    identity = identity_of(made, identity)
+    resources = made.resources
     log.info(
         "%s: %d channels, blocks: %d, engine %s on %s, executor %s",
         opened.description,
@@ -209,14 +235,16 @@ def decompose(
     )
     how = (resources.engine, resources.device, resources.threads)
     in_process = resources.executor in IN_PROCESS
+    lease = Lease(address, break_lease)
     pool = start_executor(
         resources.executor, resources.workers, client, partial(prepare_process, *how)
     )
     limits = limited_threads(*how) if in_process else nullcontext()
-    with limits, pool, Progress(progress, sum(stage.work for stage in made.stages)) as shown:
-        run = _prepare(made, opened, address, overwrite, scratch)
+    progress_of = Progress(progress, sum(stage.work for stage in made.stages))
+    with limits, pool, lease, progress_of as shown:
+        run = _begin(made, opened, address, identity, overwrite, scratch)
         try:
-            execute(made, opened, address, run, pool, shown)
+            execute(made, opened, address, run, pool, shown, lease.check)
         except BadValueError:
             if "://" not in address and out is not None:
                 store.root_of_run(address, run)
@@ -259,6 +287,7 @@ def plan(
     workers: int | None = None,
     client: Any = None,
     overwrite: bool = False,
+    break_lease: bool = False,
     progress: bool = True,
     calibrate: bool = False,
 ) -> Plan:
@@ -274,7 +303,7 @@ def plan(
     out
         Where the output would go: None keeps it in memory, which the plan then counts. Any
         path means a store on disk.
-    overwrite, progress
+    overwrite, break_lease, progress
         Without effect here, so that the same options can be given.
     calibrate
         First measure how fast the engine computes here and the disk of `out` is, in about 5 s, and
@@ -317,15 +346,19 @@ def plan(
         source = open_source(source_or_shape)
     if calibrate and client is not None:
         raise InputError("calibrate=True measures this machine, not a client's: leave one out")
-    made = _make_plan(source, arguments)
+    request = _request(source, arguments)
     if calibrate:
-        run_calibration(made.resources.engine, made.resources.device, out)
-        made = _make_plan(source, arguments)
-    return made
+        run_calibration(request[2].engine, request[2].device, out)
+        request = _request(source, arguments)
+    return make_plan(*request)
 
 
-def _make_plan(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> Plan:
-    """The plan for a verb's `arguments`."""
+Request = tuple[Parameters, Volume, Resources, tuple[int, ...] | None]
+"""What `make_plan` takes."""
+
+
+def _request(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> Request:
+    """What a verb's `arguments` ask for."""
     parameters = Parameters(**{f.name: arguments[f.name] for f in fields(Parameters)})
     if isinstance(source, tuple):
         volume = Volume(source, source_itemsize=parameters.itemsize)
@@ -354,7 +387,7 @@ def _make_plan(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> P
         reachable = source.portable or resources.executor in IN_PROCESS
         volume = replace(volume, reachable=reachable)
     ndim = len(volume.shape)
-    return make_plan(parameters.resolved(ndim), volume, resources, _block(arguments["block"], ndim))
+    return parameters.resolved(ndim), volume, resources, _block(arguments["block"], ndim)
 
 
 def with_header_spacing(parameters: Parameters, source: Source) -> Parameters:
@@ -398,17 +431,30 @@ def _block(block: Sequence[int] | int | None, ndim: int) -> tuple[int, ...] | No
     return tuple(check_count("block", side) for side in sides)
 
 
-def _prepare(
-    made: Plan, source: Source, address: str, overwrite: bool, scratch: str | Path | None
+def _begin(
+    made: Plan,
+    source: Source,
+    address: str,
+    identity: dict[str, Any],
+    overwrite: bool,
+    scratch: str | Path | None,
 ) -> str:
-    """Make the store, in place of one that may go."""
+    """Make the store, in place of one that may go, or take over the one that is there."""
     try:
-        if "://" not in address and not address.startswith("in-memory:"):
-            # looked at again: starting workers took time, and another run may have come first
+        # looked at again, now that nobody else may write there
+        begun = None if overwrite or address.startswith(IN_MEMORY) else find_begun(address)
+        if begun is not None:
+            check_same(begun.attributes["identity"], identity, address)
+            return go_on_with_store(made, source, address)
+        if "://" not in address and not address.startswith(IN_MEMORY):
             if check_vacant(Path(address), overwrite):
                 store.remove_store(Path(address))
-        return prepare_store(made, source, address, None if scratch is None else str(scratch))
-    except (OutputExistsError, FileExistsError) as error:
-        raise OutputExistsError(str(error)) from error
+        return prepare_store(
+            made, source, address, identity, None if scratch is None else str(scratch)
+        )
+    except CddError:
+        raise
+    except (FileExistsError, ValueError) as error:  # Zarr's error where a group is
+        raise OutputExistsError(f"out={address} exists: {error}") from error
     except OSError as error:
         raise OutputAccessError(f"out={address} cannot be written: {error}") from error

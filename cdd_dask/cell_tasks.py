@@ -91,14 +91,14 @@ class CellWork:
         """Layers of cells beyond the volume's faces whose means are kept, per axis."""
         return face_layers(self.parameters, self.stage.levels)
 
-    def smooth(self, block: int) -> None:
-        """The smooth field on a block of cells, from their means."""
+    def smooth(self, block: int, number: int) -> None:
+        """The smooth field on a block of cells, from their means before the pass of that number."""
         core, cells, how = self._block(block)
-        means = self._read(means_name(self.k), self._in_means(cells))
+        means = self._read(means_name(self.k, number), self._in_means(cells))
         values = [how.smoothed(means[0])]
         if self.nature.masked:
             values.append(how.smoothed(means[1] + how.held(means[1].shape)))
-        self._write(smooth_name(self.k), core, [self._core(core, cells, v) for v in values])
+        self._write(smooth_name(self.k, number), core, [self._core(core, cells, v) for v in values])
 
     def evolve(self, one: Pass, block: int) -> None:
         """Some steps of a block of cells."""
@@ -151,10 +151,11 @@ class CellWork:
                 field = self._moved(field, self._interpolated([between, *share]))
         return self._moved(field, self._interpolated([snapshots[-1], *share]))
 
-    def relax(self, field: NDArray[Any], core: Region) -> NDArray[Any]:
-        """The block's voxels after one step."""
+    def relax(self, field: NDArray[Any], core: Region, number: int) -> NDArray[Any]:
+        """The block's voxels after the step of that number."""
         around = self._around(cells_of(core, self.stage.levels))
-        return self._moved(field, self._interpolated(self._read(smooth_name(self.k), around)))
+        smooth = self._read(smooth_name(self.k, number), around)
+        return self._moved(field, self._interpolated(smooth))
 
     def completed(self, field: NDArray[Any]) -> NDArray[Any]:
         """A block's core with its last cells made whole beyond the volume's face."""
@@ -167,15 +168,18 @@ class CellWork:
             return np.pad(field, more, constant_values=np.nan)
         return np.pad(field, more, mode)
 
-    def write_means(self, core: Region, field: NDArray[Any]) -> None:
-        """Write the means of the cells of a block's core, and the share that takes part."""
+    def write_means(self, core: Region, field: NDArray[Any], number: int = 0) -> None:
+        """Write the means of the cells of a block's core, and the share that takes part.
+
+        For the channel's pass over the cells of that number.
+        """
         cells, field = cells_of(core, self.stage.levels), self.completed(field)
         if any(self.layers):
             cells, field = self._with_layers(cells, field)
         means, share = cell_means(field, cell_shape(self.stage.levels))
         held = self._evolution(starts(cells)).held(means.shape)
         values = [means + (held * self.parameters.cval if np.any(held) else 0), share]
-        self._write(means_name(self.k), self._in_means(cells), values)
+        self._write(means_name(self.k, number), self._in_means(cells), values)
 
     def _with_layers(self, cells: Region, field: NDArray[Any]) -> tuple[Region, NDArray[Any]]:
         """The cells of a block and those beyond a face of the volume, which are like its voxels."""

@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from cdd_dask import lease
+from cdd_dask.addresses import check_address
 from cdd_dask.errors import DiskSpaceError, InputError, OutputAccessError, OutputExistsError
 from cdd_dask.memory import format_bytes
 from cdd_dask.plans import Plan
@@ -14,10 +16,17 @@ from cdd_dask.store import is_our_store
 
 
 def output_address(out: str | Path) -> str:
-    """Absolute path, or the URL, of the output."""
+    """Absolute path, or the URL, of the output.
+
+    Raises
+    ------
+    InputError
+        If it is empty, or none that may be kept (see `check_address`).
+    """
     text = str(out).removeprefix("file://")
     if not text:
         raise InputError("out='' is no path: name the store to make, for example out.zarr")
+    check_address("out", text)
     return text if "://" in text else os.path.abspath(Path(text).expanduser())
 
 
@@ -83,7 +92,7 @@ def check_scratch(scratch: str | Path, out: str, plan: Plan) -> str:
     Raises
     ------
     InputError
-        If it lies in the output, or the result stays in memory.
+        If it lies in the output, or is none that may be kept (see `check_address`).
     OutputAccessError
         If it is no folder that can be written.
     DiskSpaceError
@@ -92,6 +101,7 @@ def check_scratch(scratch: str | Path, out: str, plan: Plan) -> str:
     text = str(scratch).removeprefix("file://")
     if not text:
         raise InputError("scratch='' is no path: name a folder for working fields")
+    check_address("scratch", text)
     if "://" in text:
         return text
     path = Path(text).expanduser().absolute()
@@ -127,7 +137,7 @@ def check_vacant(path: Path, overwrite: bool) -> int:
     """Bytes that overwriting what is at `path` frees."""
     if not path.exists() and not path.is_symlink():
         return 0
-    if path.is_dir() and not any(path.iterdir()):
+    if path.is_dir() and {entry.name for entry in path.iterdir()} <= {lease.GROUP}:
         return 0
     if path.is_symlink() or not path.is_dir() or not is_our_store(path):
         raise OutputExistsError(

@@ -276,6 +276,31 @@ class Plan:
     """Largest size of the working fields, before compression: in the output, if there is no other
     place for them."""
 
+    @classmethod
+    def of_dict(cls, values: dict[str, Any], resources: Resources) -> Plan:
+        """The plan that `as_dict` described, to be carried out with other resources."""
+        stages = tuple(map(stage_from_dict, values["stages"]))
+        known = values["volume"]
+        chunk = known["source_chunk"]
+        volume = Volume(
+            **{**known, "shape": tuple(known["shape"]), "source_chunk": chunk and tuple(chunk)}
+        )
+        block = tuple(values["block"])
+        at_once = min(resources.tasks_per_budget, len(Grid(volume.shape, block)))
+        return cls(
+            parameters=Parameters(**values["parameters"]),
+            volume=volume,
+            resources=resources,
+            edges=tuple(values["edges"]),
+            block=block,
+            copy_in=values["copy_in"],
+            stages=stages,
+            peak_memory=at_once * max(stage.peak_memory for stage in stages),
+            disk_bytes=values["disk_bytes"],
+            files=values["files"],
+            scratch_bytes=values["scratch_bytes"],
+        )
+
     @property
     def grid(self) -> Grid:
         """The volume cut into blocks."""
@@ -309,6 +334,11 @@ class Plan:
         for stage in channels[len(together) :]:
             passes += stage_passes(stage)
         return tuple(passes)
+
+    @property
+    def tasks(self) -> int:
+        """Number of all tasks."""
+        return sum(one.tasks for one in self.passes)
 
     @property
     def seconds(self) -> float:

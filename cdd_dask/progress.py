@@ -67,6 +67,12 @@ class Progress:
                 format_seconds(now - self._started),
             )
 
+    def skip(self, work: int) -> None:
+        """So much of the work was done before."""
+        self._done += work
+        if self._bar is not None:
+            self._bar.update(self._id, completed=self._done)
+
     def __enter__(self) -> Progress:
         return self
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import platform
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -15,18 +15,29 @@ from cdd_dask import store
 from cdd_dask.errors import CddError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
+from cdd_dask.identity import fingerprint_of
+from cdd_dask.marks import Mark, gather_marks, read_marks, remove_marks, start_marks
 from cdd_dask.plans import Pass, Plan, Stage
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, locate_bad_value
 from cdd_dask.regimes import regime_error
+from cdd_dask.resuming import unfinished
 from cdd_dask.statistics import Statistics
-from cdd_dask.task import Task, TaskResult, describe_task, run_task
-from cdd_dask.working import Nature, geometry, uses
+from cdd_dask.task import Task, describe_task, run_task
+from cdd_dask.working import Nature, geometry, nature_of, outputs, uses
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("cdd-dask", "numpy", "scipy", "zarr", "dask", "distributed")
 
 
-def prepare_store(plan: Plan, source: Source, address: str, scratch: str | None = None) -> str:
+def prepare_store(
+    plan: Plan,
+    source: Source,
+    address: str,
+    identity: dict[str, Any],
+    scratch: str | None = None,
+) -> str:
     """Write all metadata of a run's store and return the run's name.
 
     In the folder `scratch`, where there is one, the working arrays get a store of their own.
@@ -37,6 +48,31 @@ def prepare_store(plan: Plan, source: Source, address: str, scratch: str | None 
         "scratch": scratch and f"{scratch.rstrip('/')}/cdd-dask-{run}.zarr",
         "parameters": plan.parameters.as_dict(),
         "edges": list(plan.edges),
+        "identity": identity,
+        "fingerprint": fingerprint_of(identity),
+        **_how_it_runs(plan, source),
+    }
+    if scratch:
+        store.create_scratch(attributes["scratch"], run)
+    store.create_store(address, plan.grid, plan.edges, _axes(plan, source), attributes)
+    return run
+
+
+def go_on_with_store(plan: Plan, source: Source, address: str) -> str:
+    """Make a store that another run has begun this run's own, and return this run's name."""
+    run = uuid.uuid4().hex[:12]
+    root = store.open_root(address, "r+")
+    attributes: Any = root.attrs[store.KEY]
+    scratch = attributes["scratch"]
+    if scratch:
+        store.take_scratch(scratch, run)
+    root.attrs[store.KEY] = {**attributes, "run": run, **_how_it_runs(plan, source)}
+    return run
+
+
+def _how_it_runs(plan: Plan, source: Source) -> dict[str, Any]:
+    """What may be otherwise when a run goes on."""
+    return {
         "plan": plan.as_dict(),
         "versions": {
             "python": platform.python_version(),
@@ -53,10 +89,6 @@ def prepare_store(plan: Plan, source: Source, address: str, scratch: str | None 
             "header": source.header,
         },
     }
-    store.create_store(address, plan.grid, plan.edges, _axes(plan, source), attributes)
-    if scratch:
-        store.create_scratch(attributes["scratch"], run)
-    return run
 
 
 def _axes(plan: Plan, source: Source) -> tuple[store.Axis, ...]:
@@ -75,9 +107,17 @@ def _axes(plan: Plan, source: Source) -> tuple[store.Axis, ...]:
 
 
 def execute(
-    plan: Plan, source: Source, address: str, run: str, executor: Executor, progress: Progress
+    plan: Plan,
+    source: Source,
+    address: str,
+    run: str,
+    executor: Executor,
+    progress: Progress,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run all stages of `plan` on a prepared store, and declare it complete.
+    """Run what is left of `plan` on a prepared store, and declare it complete.
+
+    `check` is called after every task: it raises where the run must not go on.
 
     Raises
     ------
@@ -87,19 +127,16 @@ def execute(
     RunError
         If a block cannot be computed, or the store cannot be written.
     """
-    totals = Totals()
     try:
-        arrays = WorkArrays(plan, address, run)
-        for number, one in enumerate(plan.passes):
-            nature = _nature(plan, totals.statistics.get("source"))
-            arrays.make(number, nature)
-            _run_pass(plan, source, Batch(address, run, one, nature), executor, progress, totals)
-            if totals.statistics["source"].count == 0:
-                raise BadValueError(f"{source.description} holds nothing but blank (NaN) voxels")
-            arrays.remove(number)
+        left = unfinished(plan, address, store.attributes_of(address, run))
+        done, passes = plan.tasks - sum(map(len, left)), plan.passes
+        if done:
+            log.info("going on: %d of %d blocks are done", done, plan.tasks)
+        totals = Totals()
+        carry_out(plan, source, address, run, executor, progress, left, totals, check=check)
         names = [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
         whole = totals.statistics["source"]
-        nature = _nature(plan, whole)
+        nature = nature_of(plan, whole)
         outcome = {
             "source_statistics": whole.as_dict(),
             "error": _error_kind(nature, {stage.error for stage in plan.stages}),
@@ -109,12 +146,56 @@ def execute(
         for stage in plan.stages:
             if stage.channel is not None:
                 known[stage.channel] |= _how(plan, stage, nature)
+        for number, one in enumerate(passes):
+            if not outputs(plan, one):
+                remove_marks(address, number)
+        scratch = store.scratch_of(address, run)
         store.finish_store(address, run, known, outcome)
-        arrays.close()
+        if scratch:
+            store.remove_scratch(scratch, run)
     except (OSError, StoreError) as error:
         if isinstance(error, CddError) and not isinstance(error, StoreError):
             raise
-        raise RunError(f"the run stopped, and {address} is left incomplete: {error}") from error
+        raise RunError(
+            f"the run stopped, and {address} is left incomplete: {error}; run it again to go on"
+        ) from error
+
+
+def carry_out(
+    plan: Plan,
+    source: Source,
+    address: str,
+    run: str,
+    executor: Executor,
+    progress: Progress,
+    left: Sequence[Collection[int]],
+    totals: Totals,
+    nature: Nature | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the blocks that are `left` of every pass, and add up what is known of all that are done.
+
+    The `nature` of the source is what the first pass finds, unless it is given.
+    """
+    fingerprint = store.attributes_of(address, run)["fingerprint"]
+    arrays = WorkArrays(plan, address, run)
+    for number, one in enumerate(plan.passes):
+        batch = Batch(
+            address, run, one, number, nature or nature_of(plan, totals.statistics.get("source"))
+        )
+        marks = read_marks(address, fingerprint, number)
+        if left[number]:
+            arrays.make(number, batch.nature)
+            start_marks(address, number)
+            blocks = sorted(left[number])
+            marks |= _run_pass(plan, source, batch, blocks, executor, progress, check)
+            gather_marks(address, fingerprint, number, marks.values())
+        progress.skip(_work(plan, one) * (one.tasks - len(left[number])))
+        for block in sorted(marks):  # in this order, so that sums are the same to the bit
+            totals.add(marks[block])
+        if nature is None and totals.statistics["source"].count == 0:
+            raise BadValueError(f"{source.description} holds nothing but blank (NaN) voxels")
+        arrays.remove(number)
 
 
 class WorkArrays:
@@ -122,18 +203,17 @@ class WorkArrays:
 
     def __init__(self, plan: Plan, address: str, run: str) -> None:
         self._plan, self._run = plan, run
-        self._scratch = store.scratch_of(address, run)
-        self._address = self._scratch or address
+        self._address = store.scratch_of(address, run) or address
         used = [uses(plan, one) for one in plan.passes]
         self._written = [writes for _, writes in used]
         self._last: dict[str, int] = {}
         for number, (reads, writes) in enumerate(used):
             self._last |= dict.fromkeys(reads | writes, number)
-        self._there: set[str] = set()
+        self._there = store.work_arrays(self._address)
 
     def make(self, number: int, nature: Nature) -> None:
         """Make room for what the pass of that number writes."""
-        for name in sorted(self._written[number] - self._there):
+        for name in sorted(self._written[number]):
             grid = geometry(self._plan, name, nature)
             if grid is not None:
                 dtype = self._plan.parameters.dtype
@@ -143,24 +223,9 @@ class WorkArrays:
     def remove(self, number: int) -> None:
         """Remove what no pass after that of this number uses."""
         for name in sorted(self._there):
-            if self._last[name] <= number:
+            if self._last.get(name, -1) <= number:
                 store.remove_work_array(self._address, self._run, name)
                 self._there.remove(name)
-
-    def close(self) -> None:
-        """Remove the place they had, if it was their own."""
-        if self._scratch:
-            store.remove_scratch(self._scratch, self._run)
-
-
-def _nature(plan: Plan, source: Statistics | None) -> Nature:
-    """What is known of the source; at first that it may be anything."""
-    if source is None or source.count == 0:
-        return Nature(0, plan.volume.may_be_masked(plan.parameters))
-    cval = plan.parameters.cval if plan.parameters.boundary == "constant" else 0.0
-    low, high = min(source.min, cval), max(source.max, cval)
-    sign = 1 if low >= 0 else -1 if high <= 0 else 0
-    return Nature(sign, source.count < math.prod(plan.volume.shape))
 
 
 @dataclass(frozen=True)
@@ -170,6 +235,8 @@ class Batch:
     address: str
     run: str
     work: Pass
+    number: int
+    """Number of the pass in the plan."""
     nature: Nature
 
     @property
@@ -182,10 +249,12 @@ class Batch:
         kind = "pass" if self.work.kind == "diffuse" else self.work.kind
         return f"decompose-{channels}-{kind}{self.work.number + 1}"
 
-    def tasks(self) -> Iterator[Task]:
-        """One task for every block."""
-        blocks = range(self.work.tasks)
-        return (Task(self.address, self.run, self.work, block, self.nature) for block in blocks)
+    def tasks(self, blocks: Iterable[int]) -> Iterator[Task]:
+        """One task for every one of `blocks`."""
+        return (
+            Task(self.address, self.run, self.work, self.number, block, self.nature)
+            for block in blocks
+        )
 
 
 @dataclass
@@ -199,7 +268,7 @@ class Totals:
     empty: int = 0
     """Blocks not diffused, having nothing but zeros and blank voxels, counted likewise."""
 
-    def add(self, result: TaskResult) -> None:
+    def add(self, result: Mark) -> None:
         for name, statistics in result.statistics.items():
             known = self.statistics.get(name)
             self.statistics[name] = statistics if known is None else known + statistics
@@ -211,25 +280,33 @@ def _run_pass(
     plan: Plan,
     source: Source,
     batch: Batch,
+    blocks: list[int],
     executor: Executor,
     progress: Progress,
-    totals: Totals,
-) -> None:
-    """Run a pass's tasks and add what they tell to `totals`."""
-    count = batch.work.tasks
-    progress.stage(batch.name, count)
-    work = sum(stage.work for stage in plan.stages if stage.number in batch.work.stages)
-    work //= count * sum(one.stages == batch.work.stages for one in plan.passes)
-    copying_in = batch.work.kind == "copy"
+    check: Callable[[], None],
+) -> dict[int, Mark]:
+    """Run some of a pass's tasks; their marks, by block."""
+    progress.stage(batch.name, len(blocks))
+    work, marks = _work(plan, batch.work), {}
     # only this process has an array that lives in its memory
+    copying_in = batch.work.kind == "copy"
     pool = SerialExecutor() if copying_in and not source.portable else executor
+    tasks = batch.tasks(blocks)
     try:
-        with closing(pool.run(run_task, batch.tasks(), batch.name, describe_task)) as results:
-            for result in results:
-                totals.add(result)
+        with closing(pool.run(run_task, tasks, batch.name, describe_task)) as results:
+            for mark in results:
+                marks[mark.block] = mark
                 progress.advance(work)
+                check()
     except BadValueError as error:
         raise locate_bad_value(source, plan.parameters) from error
+    return marks
+
+
+def _work(plan: Plan, one: Pass) -> int:
+    """Weight of one task of a pass in the run's progress."""
+    work = sum(stage.work for stage in plan.stages if stage.number in one.stages)
+    return work // (one.tasks * sum(other.stages == one.stages for other in plan.passes))
 
 
 def _how(plan: Plan, stage: Stage, nature: Nature) -> dict[str, Any]:

@@ -74,3 +74,23 @@ class Statistics:
         """The statistics as plain JSON values; no extremes where nothing counted."""
         none = {} if self.count else {"min": None, "max": None}
         return {**asdict(self), **none}
+
+    @staticmethod
+    def of_dict(values: dict[str, Any]) -> Statistics:
+        """The statistics of what `as_dict` made.
+
+        Examples
+        --------
+        >>> blank = Statistics.of(np.array([np.nan]))
+        >>> Statistics.of_dict(blank.as_dict()) == blank
+        True
+        """
+        low, high = values["min"], values["max"]
+        return Statistics(
+            count=int(values["count"]),
+            sum=float(values["sum"]),
+            sum_abs=float(values["sum_abs"]),
+            sum_squares=float(values["sum_squares"]),
+            min=np.inf if low is None else float(low),
+            max=-np.inf if high is None else float(high),
+        )

@@ -6,6 +6,8 @@
     ├── channel_00/scale0/image    and the coordinate arrays z, y, x beside it
     ├── channel_01/scale0/image
     ├── residual/scale0/image
+    ├── done/pass_0000             what is known of finished tasks, see `marks`
+    ├── lease                      who writes to the store, see `lease`
     └── work/field_00              working fields, removed when nothing needs them
 
 All metadata is written before any task; a task writes whole shards that no other task writes;
@@ -18,8 +20,9 @@ import itertools
 import math
 import re
 import shutil
-import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +30,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cdd_dask import lease
 from cdd_dask.blocks import Grid, Region, pieces, storage_chunks
-from cdd_dask.errors import StoreError
+from cdd_dask.errors import DamagedError, StoreError
+from cdd_dask.objects import has_object, names_in, remove_objects, store_of
 from cdd_dask.readers.regions import read_region
 
 if TYPE_CHECKING:
     import zarr
-    from zarr.storage import MemoryStore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEY = "cdd_dask"
 """The one key under which everything of ours lies in the root's and the groups' attributes."""
 RESIDUAL = "residual"
+WORK = "work"
 
 OME_UNITS = {
     "Å": "angstrom", "nm": "nanometer", "µm": "micrometer", "mm": "millimeter",
@@ -47,8 +52,7 @@ OME_UNITS = {
 }  # fmt: skip
 """Names that OME-Zarr has for units; others it has none for."""
 
-_numbers = itertools.count()
-_memory_stores: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
+_written: ContextVar[dict[str, str] | None] = ContextVar("written", default=None)
 
 
 @dataclass(frozen=True)
@@ -74,27 +78,14 @@ def image_path(group: str) -> str:
 
 def work_path(name: str) -> str:
     """Where the working array called `name` lies."""
-    return f"work/{name}"
-
-
-def new_memory_store() -> tuple[str, MemoryStore]:
-    """A store in this process's memory and its address; it lives as long as it is referenced."""
-    from zarr.storage import MemoryStore
-
-    address, store = f"in-memory:{next(_numbers)}", MemoryStore()
-    _memory_stores[address] = store
-    return address, store
-
-
-def _store_like(address: str) -> Any:
-    return _memory_stores[address] if address.startswith("in-memory:") else address
+    return f"{WORK}/{name}"
 
 
 def open_root(address: str, mode: str = "r") -> zarr.Group:
     """The root group of the store at `address`."""
     import zarr
 
-    return zarr.open_group(_store_like(address), mode=mode, zarr_format=3)  # type: ignore[arg-type]
+    return zarr.open_group(store_of(address), mode=mode, zarr_format=3)  # type: ignore[arg-type]
 
 
 def is_our_store(path: Path) -> bool:
@@ -109,10 +100,16 @@ def is_our_store(path: Path) -> bool:
 
 
 def remove_store(path: Path) -> None:
-    """Delete a store of ours, and nothing else."""
+    """Delete a store of ours, and nothing else; who holds its lease keeps that."""
     if not is_our_store(path):
         raise StoreError(f"{path} is no decomposition store: it is not deleted")
-    shutil.rmtree(path)
+    # what makes it a store goes last: until then the rest can be deleted again
+    for name in sorted(path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
+        if name.name == lease.GROUP:
+            continue
+        shutil.rmtree(name) if name.is_dir() and not name.is_symlink() else name.unlink()
+    with suppress(OSError):
+        path.rmdir()
 
 
 def create_store(
@@ -138,7 +135,10 @@ def create_store(
         What the root remembers under `KEY` besides the format version; the ``parameters`` among
         it give the type of all fields and the unit of the edges.
     """
-    root = open_root(address, mode="w-")
+    import zarr
+
+    # only the lease may be there, which Zarr's mode "w-" would take for a store
+    root = zarr.create_group(store_of(address), zarr_format=3, overwrite=False)
     root.attrs[KEY] = {"format_version": FORMAT_VERSION, **attributes, "complete": False}
     lower = [0.0, *edges]
     for k, (low, high) in enumerate(itertools.pairwise(lower)):
@@ -236,40 +236,56 @@ def root_of_run(address: str, run: str, mode: str = "r") -> zarr.Group:
     return root
 
 
+def attributes_of(address: str, run: str) -> dict[str, Any]:
+    """What the root of a run's store remembers."""
+    attributes: Any = root_of_run(address, run).attrs[KEY]
+    return dict(attributes)
+
+
 def create_scratch(address: str, run: str) -> None:
     """Make a store of its own for the working arrays of a run."""
     open_root(address, "w-").attrs[KEY] = {"format_version": FORMAT_VERSION, "run": run}
 
 
+def take_scratch(address: str, run: str) -> None:
+    """Make a store of working arrays this run's; it is made anew if it is gone."""
+    root = open_root(address, "a")
+    root.attrs[KEY] = {"format_version": FORMAT_VERSION, "run": run}
+
+
 def scratch_of(address: str, run: str) -> str | None:
     """Address of the working arrays of a run that have a store of their own."""
-    attributes: Any = root_of_run(address, run).attrs[KEY]
-    scratch: str | None = attributes["scratch"]
+    scratch: str | None = attributes_of(address, run)["scratch"]
     return scratch
 
 
 def remove_scratch(address: str, run: str) -> None:
     """Delete the store of a run's working arrays."""
-    root = root_of_run(address, run, "r+")
+    root_of_run(address, run, "r+")
     if "://" not in address:
         shutil.rmtree(address)
     else:
-        from zarr.core.sync import sync
-
-        sync(root.store.delete_dir(""))
+        remove_objects(address, "")
 
 
 def create_work_array(address: str, run: str, name: str, grid: Grid, dtype: str) -> None:
-    """Make room for a working array."""
-    _create_field(root_of_run(address, run, "r+"), work_path(name), grid, dtype)
+    """Make room for a working array, unless it is there."""
+    root = root_of_run(address, run, "r+")
+    if not has_object(address, f"{work_path(name)}/zarr.json"):
+        _create_field(root, work_path(name), grid, dtype)
 
 
 def remove_work_array(address: str, run: str, name: str) -> None:
     """Delete a working array that nothing needs any more, and `work` when it is empty."""
-    root = root_of_run(address, run, "r+")
-    del root[work_path(name)]
-    if not list(root["work"].keys()):  # type: ignore[union-attr]
-        del root["work"]
+    root_of_run(address, run, "r+")
+    remove_objects(address, work_path(name))
+    if names_in(address, WORK) == ["zarr.json"]:
+        remove_objects(address, WORK)
+
+
+def work_arrays(address: str) -> set[str]:
+    """Names of the working arrays that are there, whole or not."""
+    return {name for name in names_in(address, WORK) if name != "zarr.json"}
 
 
 def work_array(address: str, name: str) -> zarr.Array[Any]:
@@ -284,8 +300,9 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
 
     Raises
     ------
-    StoreError
-        If a shard is not there: Zarr would read it as zeros.
+    DamagedError
+        If a shard is not there, which Zarr would read as zeros, or fails its checksum. One of a
+        working array is then deleted, so that it is made again when the run goes on.
     """
     from zarr.core.sync import sync
 
@@ -296,10 +313,45 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
         sorted({source.start // u for _, source in pieces(s.start, s.stop, n, u)})
         for s, n, u in zip(region, array.shape, unit, strict=True)
     ]
-    for place in itertools.product(*touched):
+    places = list(itertools.product(*touched))
+    for place in places:
         if not sync(array.store.exists(_shard_key(array, place))):
-            raise StoreError(f"{address}: {path} lacks its shard {place}")
-    return read_region(array, region)
+            raise DamagedError(f"{address}: {path} lacks its shard {place}")
+    try:
+        return read_region(array, region)
+    except ValueError as error:
+        for place in places:
+            if damage := shard_damage(array, place):
+                if path.startswith(f"{WORK}/"):
+                    sync(array.store.delete(_shard_key(array, place)))
+                raise DamagedError(f"{address}: {path}, {damage}") from error
+        raise
+
+
+def shard_damage(array: zarr.Array[Any], place: tuple[int, ...]) -> str:
+    """What is wrong with a shard, in words; nothing if it can be read."""
+    from zarr.core.sync import sync
+
+    if not sync(array.store.exists(_shard_key(array, place))):
+        return f"shard {place} is not there"
+    unit = array.shards or array.chunks
+    along = [
+        range(p * u // c, -(-min((p + 1) * u, n) // c))
+        for p, u, c, n in zip(place, unit, array.chunks, array.shape, strict=True)
+    ]
+    for chunk in itertools.product(*along):
+        try:
+            array.blocks[chunk] if array.shards is None else array[_chunk_region(array, chunk)]
+        except (ValueError, OSError, IndexError, RuntimeError) as error:
+            return f"shard {place}, chunk {chunk} is damaged: {error}"
+    return ""
+
+
+def _chunk_region(array: zarr.Array[Any], chunk: tuple[int, ...]) -> Region:
+    return tuple(
+        slice(i * c, min((i + 1) * c, n))
+        for i, c, n in zip(chunk, array.chunks, array.shape, strict=True)
+    )
 
 
 def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> None:
@@ -316,6 +368,29 @@ def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> 
         place = tuple(s.start // n for s, n in zip(core, unit, strict=True))
         sync(array.store.delete(_shard_key(array, place)))
         array[core] = values
+    written = _written.get()
+    if written is not None:
+        written[path] = checksum(values)
+
+
+def checksum(values: NDArray[Any]) -> str:
+    """Of an array's values, whatever its layout and byte order in memory."""
+    import hashlib
+
+    # a hash of 16 bytes is shorter than those of its family, and nobody forges his own data
+    plain = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return hashlib.blake2b(plain.view(np.uint8).reshape(-1).data, digest_size=16).hexdigest()
+
+
+@contextmanager
+def recorded() -> Iterator[dict[str, str]]:
+    """Checksums of what this thread writes meanwhile, by the arrays' paths."""
+    written: dict[str, str] = {}
+    token = _written.set(written)
+    try:
+        yield written
+    finally:
+        _written.reset(token)
 
 
 def _shard_key(array: zarr.Array[Any], place: tuple[int, ...]) -> str:
@@ -344,7 +419,7 @@ def _codecs() -> list[Any]:
 def _open_array(address: str, path: str, mode: str = "r") -> zarr.Array[Any]:
     import zarr
 
-    return zarr.open_array(_store_like(address), path=path, mode=mode, zarr_format=3)
+    return zarr.open_array(store_of(address), path=path, mode=mode, zarr_format=3)
 
 
 def finish_store(
@@ -370,6 +445,17 @@ def usable_names(names: tuple[str, ...] | None, ndim: int) -> tuple[str, ...]:
         return default
     plain = all(re.fullmatch(r"[^\W_][\w .()-]*", name) for name in names)
     return names if plain else default
+
+
+def lacking(address: str, path: str, grid: Grid, blocks: Collection[int]) -> set[int]:
+    """Those of some blocks, a shard each, that an array lacks."""
+    from zarr.core.sync import sync
+
+    array = _open_array(address, path)
+    if missing_shards(array) <= len(grid) - len(blocks):
+        return set()
+    keys = {block: _shard_key(array, grid.index(block)) for block in blocks}
+    return {block for block, key in keys.items() if not sync(array.store.exists(key))}
 
 
 def missing_shards(array: zarr.Array[Any]) -> int:

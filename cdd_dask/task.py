@@ -22,6 +22,7 @@ from cdd_dask.engines import Diffusion, Engine, Faces, load_engine
 from cdd_dask.errors import BlockError
 from cdd_dask.halo import channel_passes
 from cdd_dask.kernels import discrete_gaussian
+from cdd_dask.marks import Mark, write_mark
 from cdd_dask.memory import return_freed_memory
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Pass, Stage, Volume, stage_from_dict
@@ -45,6 +46,8 @@ class Task:
     """Name of the run that made the store: another run's store is not this task's."""
     work: Pass
     """What to do."""
+    number: int
+    """Number of the pass in the plan."""
     block: int
     """Number of the block, of voxels or of cells."""
     nature: Nature
@@ -52,22 +55,11 @@ class Task:
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """What a task tells of the block's core."""
-
-    block: int
-    statistics: dict[str, Statistics]
-    """Statistics of what was written (and of the ``source``), by the output's name."""
-    computed: int
-    """Number of channels that were diffused."""
-    empty: int
-    """Number of channels that were not: the block had nothing but zeros and blank voxels."""
-
-
-@dataclass(frozen=True)
 class _Job:
     """What the tasks of one run share in one process."""
 
+    fingerprint: str
+    """Of everything that decides the values; done marks carry it."""
     parameters: Parameters
     grid: Grid
     stages: dict[int, Stage]
@@ -153,8 +145,8 @@ def prepare_process(engine: str, device: str, threads: int) -> None:
     store.rehearse()
 
 
-def run_task(task: Task) -> TaskResult:
-    """Compute one block.
+def run_task(task: Task) -> Mark:
+    """Compute one block, and mark it as done when everything is written.
 
     Raises
     ------
@@ -165,7 +157,12 @@ def run_task(task: Task) -> TaskResult:
     """
     try:
         store.root_of_run(task.address, task.run)  # also where the job is known already
-        return _run(_load_job(task.address, task.run), task)
+        job = _load_job(task.address, task.run)
+        with store.recorded() as written:
+            mark = _run(job, task)
+        mark = replace(mark, checksums=written)
+        write_mark(task.address, job.fingerprint, task.number, mark)
+        return mark
     except BadValueError:
         raise
     except Exception as error:
@@ -207,6 +204,7 @@ def _load_job(address: str, run: str) -> _Job:
     parameters = Parameters(**attributes["parameters"])
     shape = tuple(plan["volume"]["shape"])
     return _Job(
+        fingerprint=attributes["fingerprint"],
         parameters=parameters,
         grid=Grid(shape, tuple(plan["block"])),
         stages={stage["number"]: stage_from_dict(stage) for stage in plan["stages"]},
@@ -220,7 +218,7 @@ def _load_job(address: str, run: str) -> _Job:
     )
 
 
-def _run(job: _Job, task: Task) -> TaskResult:
+def _run(job: _Job, task: Task) -> Mark:
     """Compute one block of a pass."""
     kind, block = task.work.kind, task.block
     if kind == "copy":
@@ -230,24 +228,24 @@ def _run(job: _Job, task: Task) -> TaskResult:
         return (_diffuse_channels if several else _diffuse_pass)(job, task)
     cells = job.cells(task.work.stages[0], task.nature)
     if kind == "smooth":
-        cells.smooth(block)
+        cells.smooth(block, task.work.number)
     elif kind == "gather":
         cells.gather(block)
     elif kind == "evolve":
         cells.evolve(task.work, block)
     else:
         return _move_block(job, task, cells)
-    return TaskResult(block, {}, computed=0, empty=0)
+    return Mark(block)
 
 
-def _copy(job: _Job, task: Task) -> TaskResult:
+def _copy(job: _Job, task: Task) -> Mark:
     core = job.grid.core(task.block)
     field = read_field(open_source(job.source), core, job.parameters)
     _write_field(job, task, 0, core, field)
-    return TaskResult(task.block, {"source": Statistics.of(field)}, computed=0, empty=0)
+    return Mark(task.block, {"source": Statistics.of(field)})
 
 
-def _diffuse_pass(job: _Job, task: Task) -> TaskResult:
+def _diffuse_pass(job: _Job, task: Task) -> Mark:
     """Take a block through some steps of one channel."""
     core, work, stage = job.grid.core(task.block), task.work, task.work.stages[0]
     start, end, empty = _diffused_block(job, task)
@@ -257,12 +255,12 @@ def _diffuse_pass(job: _Job, task: Task) -> TaskResult:
     if work.last < job.stages[stage].steps:
         path = store.work_path(part_name(stage - 1, work.number))
         store.write_block(job.work, path, core, end)
-        return TaskResult(task.block, statistics, computed=0, empty=0)
+        return Mark(task.block, statistics)
     if work.number:  # the channel began passes ago
         start = _read_core(job, stage, core)
     statistics |= _write_field(job, task, stage, core, end)
     statistics |= _write_channel(task, stage - 1, core, start, end)
-    return TaskResult(task.block, statistics, computed=int(not empty), empty=int(empty))
+    return Mark(task.block, statistics, computed=int(not empty), empty=int(empty))
 
 
 def _diffused_block(job: _Job, task: Task) -> tuple[NDArray[Any], NDArray[Any], bool]:
@@ -294,7 +292,7 @@ def _diffused_block(job: _Job, task: Task) -> tuple[NDArray[Any], NDArray[Any], 
     return start, end, False
 
 
-def _diffuse_channels(job: _Job, task: Task) -> TaskResult:
+def _diffuse_channels(job: _Job, task: Task) -> Mark:
     """Diffuse a block through several channels, between which its field stays in memory."""
     statistics: dict[str, Statistics] = {}
     core, stages = job.grid.core(task.block), task.work.stages
@@ -325,10 +323,10 @@ def _diffuse_channels(job: _Job, task: Task) -> TaskResult:
         for k, end in zip(channels, ends, strict=True):
             statistics |= _write_channel(task, k, core, start, end)
             start = end
-    return TaskResult(task.block, statistics, computed=len(stages) - empty, empty=empty)
+    return Mark(task.block, statistics, computed=len(stages) - empty, empty=empty)
 
 
-def _move_block(job: _Job, task: Task, cells: CellWork) -> TaskResult:
+def _move_block(job: _Job, task: Task, cells: CellWork) -> Mark:
     """Move a block's voxels to what their cells say."""
     core, stage, work = job.grid.core(task.block), task.work.stages[0], task.work
     states, ends = keeps_states(job.parameters, task.nature), work.last == job.stages[stage].steps
@@ -341,18 +339,19 @@ def _move_block(job: _Job, task: Task, cells: CellWork) -> TaskResult:
     if _stays(job.parameters, field):
         end = field.copy()
     else:
-        end = (cells.scatter if work.kind == "scatter" else cells.relax)(field, core)
+        scattered = work.kind == "scatter"
+        end = cells.scatter(field, core) if scattered else cells.relax(field, core, work.number)
     if not ends:
-        cells.write_means(core, end)
+        cells.write_means(core, end, work.number + 1)
         if states:
             path = store.work_path(part_name(stage - 1, work.number))
             store.write_block(job.work, path, core, end)
-        return TaskResult(task.block, {}, computed=0, empty=0)
+        return Mark(task.block)
     start = _read_core(job, stage, core) if goes_on else field
     empty = _stays(job.parameters, start)
     statistics = _write_field(job, task, stage, core, end)
     statistics |= _write_channel(task, stage - 1, core, start, end)
-    return TaskResult(task.block, statistics, computed=int(not empty), empty=int(empty))
+    return Mark(task.block, statistics, computed=int(not empty), empty=int(empty))
 
 
 def _write_field(

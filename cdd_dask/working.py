@@ -1,10 +1,12 @@
 """The working arrays of a run: what every pass reads and writes besides its outputs.
 
-Each is made before the first pass that writes it, and removed after the last that uses it.
+Each is made before the first pass that writes it, and removed after the last that uses it. None
+is written again by a later pass: what a killed run still writes can then do no harm.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cdd_dask.blocks import Grid
@@ -12,6 +14,7 @@ from cdd_dask.closure import SNAPSHOTS, coarse_shape
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Pass, Plan, Stage
 from cdd_dask.regimes import face_layers, group_count, has_shares
+from cdd_dask.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -24,24 +27,34 @@ class Nature:
     """Whether there are blank voxels."""
 
 
+def nature_of(plan: Plan, source: Statistics | None) -> Nature:
+    """What is known of the source; at first that it may be anything."""
+    if source is None or source.count == 0:
+        return Nature(0, plan.volume.may_be_masked(plan.parameters))
+    cval = plan.parameters.cval if plan.parameters.boundary == "constant" else 0.0
+    low, high = min(source.min, cval), max(source.max, cval)
+    sign = 1 if low >= 0 else -1 if high <= 0 else 0
+    return Nature(sign, source.count < math.prod(plan.volume.shape))
+
+
 def field_name(k: int) -> str:
     """The field that channel `k` starts from."""
     return f"field_{k:02d}"
 
 
 def part_name(k: int, number: int) -> str:
-    """The field between two passes of channel `k`; two of them serve in turn."""
-    return f"field_{k:02d}_part_{number % 2}"
+    """The field between two passes of channel `k`."""
+    return f"field_{k:02d}_part_{number}"
 
 
-def means_name(k: int) -> str:
-    """Means of cells, and the share of their voxels that take part."""
-    return f"means_{k:02d}"
+def means_name(k: int, number: int = 0) -> str:
+    """Means of cells, and the share of voxels that take part, before a pass over the cells."""
+    return f"means_{k:02d}_part_{number}"
 
 
-def smooth_name(k: int) -> str:
-    """The smooth field on the cells, and the smooth share."""
-    return f"smooth_{k:02d}"
+def smooth_name(k: int, number: int = 0) -> str:
+    """The smooth field on the cells, and the smooth share, that such a pass makes of them."""
+    return f"smooth_{k:02d}_part_{number}"
 
 
 def groups_name(k: int, number: int) -> str:
@@ -96,7 +109,7 @@ def uses(plan: Plan, one: Pass) -> tuple[set[str], set[str]]:
         reads = (here or start) | (start if ends else set())
         return reads, following if ends else {part_name(k, one.number)}
     if one.kind == "smooth":
-        return {means_name(k)}, {smooth_name(k)}
+        return {means_name(k, one.number)}, {smooth_name(k, one.number)}
     if one.kind == "gather":
         return start | {means_name(k), smooth_name(k)}, {groups_name(k, 0)}
     if one.kind == "evolve":
@@ -107,8 +120,21 @@ def uses(plan: Plan, one: Pass) -> tuple[set[str], set[str]]:
     if one.kind == "scatter":
         return start | {snapshots_name(k), smooth_name(k)}, following
     moved = {part_name(k, one.number - 1)} if one.number else set()
-    here = {means_name(k)} if not ends else following
-    return start | moved | {smooth_name(k)}, here | (set() if ends else {part_name(k, one.number)})
+    reads = start | moved | {smooth_name(k, one.number)}
+    if ends:
+        return reads, following
+    return reads, {means_name(k, one.number + 1), part_name(k, one.number)}
+
+
+def outputs(plan: Plan, one: Pass) -> set[int]:
+    """Numbers of the channels that a pass writes; of the residual the number of channels."""
+    stages = {stage.number: stage for stage in plan.stages}
+    last = one.stages[-1]
+    moves = one.kind in ("diffuse", "scatter", "relax")
+    if not moves or one.last < stages[last].steps:
+        return set()
+    written = {number - 1 for number in one.stages}
+    return written | ({last} if last == plan.stages[-1].number else set())
 
 
 def geometry(plan: Plan, name: str, nature: Nature) -> Grid | None:

@@ -24,11 +24,11 @@ LAYERS = (
     ),
     ("engines",),
     ("blocks", "memory", "regimes", "plans", "drafts", "planner", "working"),
-    ("readers", "store"),
+    ("readers", "store", "probes", "objects", "marks", "lease"),
     ("cell_tasks", "task"),
     ("executors",),
-    ("progress", "calibration", "resources", "output", "decomposition", "run"),
-    ("api", "compat", "config", "exporting", "sampling", "verification"),
+    ("progress", "calibration", "resources", "output", "decomposition", "identity", "resuming", "run", "preflight"),
+    ("api", "checkup", "compat", "config", "exporting", "sampling", "verification"),
     ("cli",),
 )
 """From the ground up; a file imports from its own layer and those below."""

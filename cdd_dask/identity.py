@@ -1,0 +1,167 @@
+"""What decides the values of an output, so that a run may go on with what another has done."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdd_dask import store
+from cdd_dask.blocks import Region
+from cdd_dask.errors import DifferentRunError
+from cdd_dask.plans import Plan
+from cdd_dask.readers import Source
+
+SAMPLES = 64
+"""Regions of a large source whose content is hashed, at the most; fewer where chunks are large."""
+SAMPLE_SIDE = 16
+"""Their side, in voxels."""
+SMALL = 16_000_000
+"""Bytes of a source that is hashed as a whole; of arrays in this process, all that NumPy holds."""
+GEOMETRY = (
+    "regime", "steps", "parts", "levels", "depth", "blank_depth", "cell_domain", "cell_block",
+    "cell_depth", "refinement", "tile", "blank_tile",
+)  # fmt: skip
+"""What of a stage decides the bits."""
+
+
+def identity_of(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides the values of an output, as plain JSON values.
+
+    Parameters
+    ----------
+    plan
+        The run's plan.
+    source
+        From `source_identity`.
+    """
+    stages = [stage for stage in plan.as_dict()["stages"] if stage["number"] > 0]
+    identity: dict[str, Any] = _plain(
+        {
+            "format version": store.FORMAT_VERSION,
+            **plan.parameters.as_dict(),
+            "edges": plan.edges,
+            "engine": numeric_class(plan.resources.engine, plan.resources.device),
+            "block": plan.block,
+            "stages": [{name: stage[name] for name in GEOMETRY} for stage in stages],
+            "source": source,
+        }
+    )
+    return identity
+
+
+def numeric_class(engine: str, device: str) -> str:
+    """What computes, as far as it decides the last bit: not how many threads or which GPU."""
+    return f"{engine} on {device.split(':')[0]}"
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """A short name of an identity, which done marks carry."""
+    text = json.dumps(identity, sort_keys=True, allow_nan=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def check_same(begun: dict[str, Any], wanted: dict[str, Any], address: str) -> None:
+    """Refuse to go on with an output that was begun otherwise.
+
+    Raises
+    ------
+    DifferentRunError
+        The message names the first field that differs, with both values.
+    """
+    for name, old, new in _differences(begun, wanted):
+        raise DifferentRunError(
+            f"out={address} was begun with {name}={_shown(old)}, and now {name}={_shown(new)}: go "
+            "on with what it was begun with, name another output, or start anew with "
+            "overwrite=True (--overwrite)"
+        )
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*new, *old]):
+            below = f"{name} {key}".strip()
+            yield from _differences(old.get(key), new.get(key), below)
+    elif old != new:
+        yield name, old, new
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 100 else f"{text[:97]}…"
+
+
+def _plain(value: Any) -> Any:
+    """The same with lists for tuples, as JSON gives it back."""
+    plain: Any = json.loads(json.dumps(value, allow_nan=True))
+    return plain
+
+
+def source_identity(source: Source) -> dict[str, Any]:
+    """What a source is: where it lies, its shape and type, when it was written, what it holds.
+
+    The content is hashed whole where it is small or in NumPy's memory, else in samples; files say
+    besides how large they are and when they were last written.
+    """
+    known: dict[str, Any] = {"shape": source.shape, "dtype": source.dtype.str}
+    if source.portable:
+        known["address"] = source.address
+    if source.path is not None:
+        known |= _file_state(source.path)
+    return {**known, "content": _content(source)}
+
+
+def _file_state(path: Path) -> dict[str, Any]:
+    """Size and time of the last change of a file, or of all files in a folder."""
+    if path.is_file():
+        state = path.stat()
+        return {"bytes": state.st_size, "modified": state.st_mtime_ns}
+    size, modified, count, folders = 0, 0, 0, [path]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    folders.append(Path(entry.path))
+                    continue
+                state = entry.stat()
+                size, count = size + state.st_size, count + 1
+                modified = max(modified, state.st_mtime_ns)
+    return {"bytes": size, "modified": modified, "files": count}
+
+
+def _content(source: Source) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    regions = _sampled_regions(source)
+    for region in regions:
+        digest.update(np.ascontiguousarray(source.read(region)).tobytes())
+    return digest.hexdigest()
+
+
+def _sampled_regions(source: Source) -> Iterator[Region]:
+    """All of a small source, or of an array in memory, slab by slab; else regions at random."""
+    shape, size = source.shape, int(np.prod(source.shape, dtype=object)) * source.dtype.itemsize
+    in_memory = not source.portable and not source.lazy
+    if size <= SMALL or in_memory:
+        thick = max(1, SMALL * shape[0] // size)
+        rest = tuple(slice(0, n) for n in shape[1:])
+        for start in range(0, shape[0], thick):
+            yield (slice(start, min(start + thick, shape[0])), *rest)
+        return
+    rng = np.random.default_rng(0)
+    decoded = int(np.prod(source.chunk or (1,), dtype=object)) * source.dtype.itemsize
+    count = max(2, min(SAMPLES, 4 * SMALL // decoded))
+    corners = [tuple(0 for _ in shape), tuple(max(0, n - SAMPLE_SIDE) for n in shape)]
+    at_random = (
+        tuple(int(rng.integers(0, max(1, n - SAMPLE_SIDE + 1))) for n in shape)
+        for _ in range(count - len(corners))
+    )
+    for corner in itertools.chain(corners, at_random):
+        yield tuple(
+            slice(at, min(at + SAMPLE_SIDE, n)) for at, n in zip(corner, shape, strict=True)
+        )

@@ -1,0 +1,131 @@
+"""Done marks: what is known of every finished task, written after all that it wrote.
+
+A mark belongs to one pass of a plan and one block. It is bound to the fingerprint of everything
+that decides the values, so that it means nothing to another run; and it holds a checksum of what
+the task wrote to every array, and the statistics of it, so that neither is lost with the run. ::
+
+    done/pass_0003/block_00000012/zarr.json    while the pass goes on, one object a task
+    done/pass_0003/zarr.json                   all of them, when it is over
+
+Both are attributes of groups, so that the store remains a Zarr hierarchy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cdd_dask import objects
+from cdd_dask.statistics import Statistics
+
+FOLDER = "done"
+KEY = "cdd_dask"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a task tells of a block when everything is written."""
+
+    block: int
+    """Number of the block, of voxels or of cells."""
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    """Of the outputs that were written (and of the ``source``), by name."""
+    computed: int = 0
+    """Number of channels that were diffused."""
+    empty: int = 0
+    """Number of channels that were not: the block had nothing but zeros and blank voxels."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Of what was written, by the array's path; see `store.checksum`."""
+
+    def as_list(self) -> list[Any]:
+        """The mark as plain JSON values."""
+        known = {name: one.as_dict() for name, one in self.statistics.items()}
+        return [self.block, known, self.computed, self.empty, self.checksums]
+
+    @classmethod
+    def of_list(cls, values: Any) -> Mark:
+        """The mark of plain JSON values, which may have been edited.
+
+        Raises
+        ------
+        ValueError
+            If they are none.
+        """
+        try:
+            block, known, computed, empty, checksums = values
+            statistics = {str(name): Statistics.of_dict(one) for name, one in known.items()}
+            checksums = {str(path): str(one) for path, one in checksums.items()}
+            return cls(int(block), statistics, int(computed), int(empty), checksums)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{values!r:.80} is no done mark") from error
+
+
+def pass_path(number: int) -> str:
+    """Where the marks of a pass lie."""
+    return f"{FOLDER}/pass_{number:04d}"
+
+
+def block_path(number: int, block: int) -> str:
+    """Where a block's mark of a pass lies while the pass goes on."""
+    return f"{pass_path(number)}/block_{block:08d}"
+
+
+def start_marks(address: str, number: int) -> None:
+    """Make the groups in which the marks of a pass lie."""
+    for path in (FOLDER, pass_path(number)):
+        if not objects.has_object(address, f"{path}/zarr.json"):
+            objects.write_group(address, path, {})
+
+
+def write_mark(address: str, fingerprint: str, number: int, mark: Mark) -> None:
+    """Mark a block of a pass as done."""
+    value = {"fingerprint": fingerprint, "marks": [mark.as_list()]}
+    objects.write_group(address, block_path(number, mark.block), {KEY: value})
+
+
+def read_marks(address: str, fingerprint: str, number: int) -> dict[int, Mark]:
+    """The marks of a pass, by block; those of another fingerprint, or damaged, are none."""
+    found = {mark.block: mark for mark in _marks_at(address, fingerprint, pass_path(number))}
+    for name in objects.names_in(address, pass_path(number)):
+        if name.startswith("block_"):
+            path = f"{pass_path(number)}/{name}"
+            marks = _marks_at(address, fingerprint, path)
+            found |= {m.block: m for m in marks if path == block_path(number, m.block)}
+    return found
+
+
+def _marks_at(address: str, fingerprint: str, path: str) -> list[Mark]:
+    attributes = objects.read_attributes(address, path) or {}
+    held = attributes.get(KEY)
+    if not isinstance(held, dict) or held.get("fingerprint") != fingerprint:
+        return []
+    marks = []
+    for values in held["marks"] if isinstance(held.get("marks"), list) else []:
+        try:
+            marks.append(Mark.of_list(values))
+        except ValueError:
+            continue
+    return marks
+
+
+def gather_marks(address: str, fingerprint: str, number: int, marks: Iterable[Mark]) -> None:
+    """Write all marks of a pass as one, and remove those of its blocks."""
+    held = [mark.as_list() for mark in sorted(marks, key=lambda mark: mark.block)]
+    value = {"fingerprint": fingerprint, "marks": held}
+    objects.write_group(address, pass_path(number), {KEY: value})
+    for name in objects.names_in(address, pass_path(number)):
+        if name.startswith("block_"):
+            objects.remove_objects(address, f"{pass_path(number)}/{name}")
+
+
+def drop_marks(address: str, fingerprint: str, number: int, blocks: Collection[int]) -> None:
+    """Forget that some blocks of a pass are done."""
+    marks = read_marks(address, fingerprint, number)
+    kept = [mark for block, mark in marks.items() if block not in blocks]
+    gather_marks(address, fingerprint, number, kept)
+
+
+def remove_marks(address: str, number: int) -> None:
+    """Delete the marks of a pass whose arrays nobody needs any more."""
+    objects.remove_objects(address, pass_path(number))

@@ -1,0 +1,108 @@
+"""Single objects of a store, beneath Zarr: each is written whole or not at all."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import weakref
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+    from zarr.storage import MemoryStore
+
+IN_MEMORY = "in-memory:"
+"""How addresses of stores in this process's memory begin."""
+
+_numbers = itertools.count()
+_memory_stores: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
+
+
+def new_memory_store() -> tuple[str, MemoryStore]:
+    """A store in this process's memory and its address; it lives as long as it is referenced."""
+    from zarr.storage import MemoryStore
+
+    address, store = f"{IN_MEMORY}{next(_numbers)}", MemoryStore()
+    _memory_stores[address] = store
+    return address, store
+
+
+def store_of(address: str) -> Store:
+    """What holds the objects at `address`: a path, a URL, or a store in this process's memory."""
+    from zarr.storage import FsspecStore, LocalStore
+
+    if address.startswith(IN_MEMORY):
+        return _memory_stores[address]
+    return FsspecStore.from_url(address) if "://" in address else LocalStore(address)
+
+
+def read_object(address: str, key: str) -> bytes | None:
+    """The bytes at `key`; None where there are none."""
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    found = sync(store_of(address).get(key, default_buffer_prototype()))
+    return None if found is None else found.to_bytes()
+
+
+def write_object(address: str, key: str, data: bytes, *, new: bool = False) -> None:
+    """Write the bytes at `key`; those of a `new` object only if none is there."""
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    store, value = store_of(address), default_buffer_prototype().buffer.from_bytes(data)
+    sync(store.set_if_not_exists(key, value) if new else store.set(key, value))
+
+
+def remove_object(address: str, key: str) -> None:
+    """Delete the bytes at `key`, if they are there."""
+    from zarr.core.sync import sync
+
+    sync(store_of(address).delete(key))
+
+
+def has_object(address: str, key: str) -> bool:
+    """Whether there are bytes at `key`."""
+    from zarr.core.sync import sync
+
+    return bool(sync(store_of(address).exists(key)))
+
+
+def remove_objects(address: str, folder: str) -> None:
+    """Delete all objects whose keys lie in `folder`; ``""`` is everything."""
+    from zarr.core.sync import sync
+
+    sync(store_of(address).delete_dir(folder))
+
+
+def names_in(address: str, folder: str) -> list[str]:
+    """First parts of the keys that lie in `folder`, sorted; ``""`` is the whole store."""
+    from zarr.core.sync import sync
+
+    store = store_of(address)
+
+    async def names() -> list[str]:
+        return [name async for name in store.list_dir(folder)]
+
+    return sorted(name.rstrip("/") for name in sync(names()))
+
+
+def group_document(attributes: dict[str, Any]) -> bytes:
+    """The object that makes a folder a group of the Zarr hierarchy."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return json.dumps(document).encode()
+
+
+def write_group(address: str, path: str, attributes: dict[str, Any]) -> None:
+    """Write a group of the Zarr hierarchy with its attributes, as one object."""
+    write_object(address, f"{path}/zarr.json", group_document(attributes))
+
+
+def read_attributes(address: str, path: str) -> dict[str, Any] | None:
+    """Attributes of the group at `path`; None where it is not, or cannot be understood."""
+    data = read_object(address, f"{path}/zarr.json".lstrip("/"))
+    try:
+        attributes = json.loads(data or b"")["attributes"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return attributes if isinstance(attributes, dict) else None

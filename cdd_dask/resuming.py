@@ -1,0 +1,162 @@
+"""Going on with an output that another run has begun: what is left, and whether it may be done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cdd_dask import objects, store
+from cdd_dask.errors import BudgetError, DifferentRunError, InputError, OutputAccessError
+from cdd_dask.identity import check_same, identity_of
+from cdd_dask.marks import Mark, drop_marks, read_marks
+from cdd_dask.memory import format_bytes
+from cdd_dask.parameters import Parameters
+from cdd_dask.plans import Plan, Resources, Volume
+from cdd_dask.statistics import Statistics
+from cdd_dask.working import geometry, nature_of, outputs, uses
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An output that a run has begun, and perhaps ended."""
+
+    address: str
+    attributes: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.attributes.get("complete") is True
+
+    def plan(
+        self,
+        parameters: Parameters,
+        volume: Volume,
+        resources: Resources,
+        block: tuple[int, ...] | None,
+        source: dict[str, Any],
+        scratch: str | Path | None,
+    ) -> Plan:
+        """The plan that it was begun with, to be carried out with other resources.
+
+        Parameters
+        ----------
+        parameters, volume, block
+            What is wanted now; None takes the blocks that there are.
+        resources
+            What the run may use now.
+        source
+            Identity of the source as it is now.
+        scratch
+            Where working fields shall lie; None leaves them where they are.
+
+        Raises
+        ------
+        DifferentRunError
+            If anything that decides the values is not the same.
+        BudgetError
+            If its blocks do not fit the memory.
+        """
+        begun = self.attributes.get("identity")
+        if self.attributes.get("format_version") != store.FORMAT_VERSION or not begun:
+            raise DifferentRunError(
+                f"out={self.address} is of another format version: name another output, or start "
+                "anew with overwrite=True (--overwrite)"
+            )
+        plan = Plan.of_dict(self.attributes["plan"], resources)
+        wanted = identity_of(replace(plan, parameters=parameters), source)
+        if block is not None:
+            wanted["block"] = [min(b, n) for b, n in zip(block, volume.shape, strict=False)]
+        check_same(begun, wanted, self.address)
+        if scratch is not None:
+            there = self.attributes["scratch"] and str(Path(self.attributes["scratch"]).parent)
+            same = {"scratch": str(Path(scratch).expanduser().absolute())}
+            check_same({"scratch": there}, same, self.address)
+        self._check_resources(plan, volume)
+        return plan
+
+    def _check_resources(self, plan: Plan, volume: Volume) -> None:
+        resources = plan.resources
+        if plan.peak_memory > resources.memory:
+            raise BudgetError(
+                f"out={self.address} was begun in blocks of {plan.block}, which need "
+                f"{format_bytes(plan.peak_memory)}, but memory allows "
+                f"{format_bytes(resources.memory)}: raise memory, use fewer workers, or start anew "
+                "with overwrite=True (--overwrite)"
+            )
+        if not plan.copy_in and not volume.reachable:
+            raise InputError(
+                f"out={self.address} was begun with tasks that read the source in this process, "
+                f'which executor="{resources.executor}" cannot: use executor="threads"'
+            )
+
+
+def find_begun(address: str) -> Begun | None:
+    """The output at `address`, if a run has begun one there."""
+    try:
+        attributes = (objects.read_attributes(address, "") or {}).get(store.KEY)
+    except (ImportError, OSError, ValueError) as error:
+        raise OutputAccessError(f"out={address} cannot be reached: {error}") from error
+    if not isinstance(attributes, dict) or "format_version" not in attributes:
+        return None
+    return Begun(address, attributes)
+
+
+def unfinished(plan: Plan, address: str, attributes: dict[str, Any]) -> list[set[int]]:
+    """The blocks that are left of every pass.
+
+    Those without a done mark, and those whose arrays are gone though something that is left
+    needs them; seen from the last pass to the first, for arrays are only read by later ones.
+    """
+    fingerprint, work = attributes["fingerprint"], attributes["scratch"] or address
+    passes = plan.passes
+    marks = [read_marks(address, fingerprint, number) for number in range(len(passes))]
+    nature = nature_of(plan, _source_statistics(marks[0]))
+    needed: set[str] = set()
+    left: list[set[int]] = []
+    for number in reversed(range(len(passes))):
+        one, done = passes[number], set(marks[number])
+        reads, writes = uses(plan, one)
+        missing = set(range(one.tasks)) - done
+        lost: set[int] = set()
+        if done:
+            lost = _lost_outputs(plan, address, outputs(plan, one), done)
+            for name in writes & needed:
+                if geometry(plan, name, nature) is not None:
+                    lost |= _lost_blocks(work, name, done, not missing)
+        if lost:
+            drop_marks(address, fingerprint, number, lost)
+        left.append(missing | lost)
+        if left[-1]:
+            needed |= reads
+    return left[::-1]
+
+
+def _source_statistics(marks: dict[int, Mark]) -> Statistics | None:
+    """What the first pass has found of the source so far."""
+    total: Statistics | None = None
+    for block in sorted(marks):
+        one = marks[block].statistics.get("source")
+        if one is not None:
+            total = one if total is None else total + one
+    return total
+
+
+def _lost_outputs(plan: Plan, address: str, written: set[int], done: set[int]) -> set[int]:
+    """Blocks that are done but lack a shard of an output."""
+    lost: set[int] = set()
+    for k in written:
+        name = store.RESIDUAL if k == len(plan.edges) else store.channel_name(k)
+        lost |= store.lacking(address, store.image_path(name), plan.grid, done)
+    return lost
+
+
+def _lost_blocks(work: str, name: str, done: set[int], whole: bool) -> set[int]:
+    """Blocks that are done but whose working array is gone, or lacks shards."""
+    if name not in store.work_arrays(work):
+        return done
+    several = name.startswith("snapshots")  # of which every pass writes some
+    if several or not whole:
+        return set()
+    return done if store.missing_shards(store.work_array(work, name)) else set()
