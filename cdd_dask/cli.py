@@ -1,6 +1,7 @@
 """The command `cdd-dask`: the verbs on the command line.
 
-Exit status: 0 done; 1 a run or a verification failed; 2 the request was refused.
+Exit status: 0 done; 1 a run or a verification failed; 2 the request was refused; 130 Ctrl-C and 143
+SIGTERM stopped it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +22,7 @@ from cdd_dask.config import load_config
 from cdd_dask.engines import ENGINES
 from cdd_dask.errors import CddError, RunError, VerificationError
 from cdd_dask.executors import EXECUTORS
+from cdd_dask.executors.processes import kill_children
 from cdd_dask.parameters import BLANKS, BOUNDARIES, DTYPES, KERNELS, MODES
 
 FAILURES = (RunError, VerificationError)
@@ -319,16 +323,40 @@ def _log_lines(progress: bool) -> None:
     logger.setLevel(logging.INFO if progress and not has_display() else logging.WARNING)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: like Ctrl-C, with an exit status of its own."""
+
+
+def _stop_on_signals() -> None:
+    """Have SIGTERM wind up as Ctrl-C does, and a second signal of either kind end at once."""
+    stopping = False
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopping
+        if stopping:
+            kill_children()
+            os._exit(128 + number)
+        stopping = True
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
 def main() -> None:
     """Run the command, with our errors as one line and the exit status that fits."""
+    _stop_on_signals()
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: a decomposition that was begun is left incomplete", err=True)
-        sys.exit(130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        goes_on = sys.argv[1:2] in (["decompose"], ["repair"])
+        text = "stopped: run the same command again to go on" if goes_on else "interrupted"
+        click.echo(text, err=True)
+        terminated = isinstance(error.__cause__ or error, Terminated)
+        sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     except (CddError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         refused = isinstance(error, CddError | FileNotFoundError)

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cdd_dask"
 LAYERS = (
-    ("errors", "parameters", "tables", "statistics"),
+    ("errors", "faults", "parameters", "tables", "statistics"),
     (
         "scales",
         "kernels",

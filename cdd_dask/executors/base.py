@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable
-from concurrent.futures import CancelledError
-from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
-from cdd_dask.errors import BlockError
+from cdd_dask.executors.loop import TRIES, Loop
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-TRIES = 3
-"""How often a task is tried that fails for a passing reason."""
+SECONDS_FOR_THE_LAST = 600.0
+"""How long a failed run waits for blocks that its workers still compute."""
 NO_PROCESSES = (
     "the worker processes cannot start: in a script, put the call under "
     '`if __name__ == "__main__":`, because each of them imports the script; or use '
     'executor="threads"'
 )
-PASSING_ERRNOS = frozenset(
-    (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY)
-)
-
-log = logging.getLogger(__name__)
 
 
 class Executor(ABC):
@@ -47,8 +38,8 @@ class Executor(ABC):
         """Start ``function(task)`` and return its future; `name` is what people call it."""
 
     @abstractmethod
-    def wait(self, futures: Collection[Any]) -> Iterable[Any]:
-        """Block until some of `futures` are done, and return those."""
+    def wait(self, futures: Collection[Any], timeout: float | None = None) -> Iterable[Any]:
+        """Block until some of `futures` are done, or for `timeout` seconds; those that are done."""
 
     @abstractmethod
     def worker_died(self, error: BaseException) -> bool:
@@ -57,10 +48,35 @@ class Executor(ABC):
     def recover(self) -> None:  # noqa: B027 - most pools have nothing to do
         """Make the pool usable again after a worker died."""
 
-    def cancel(self, futures: Collection[Any]) -> None:
-        """Give up what has not started of `futures`, and wait for the rest."""
+    def peak_of(self, error: BaseException) -> int | None:
+        """Most memory in bytes that the worker was seen to hold whose death `error` tells."""
+        return None
+
+    def has_begun(self, future: Any) -> bool:
+        """Whether a worker may be computing `future`."""
+        return bool(future.running())
+
+    def abandon(self, future: Any, number: int, pending: Collection[Any]) -> Collection[Any]:
+        """Stop `future`, of the task of that number, although a worker computes it.
+
+        Returns which of `pending` will never be done for it; none where it cannot be stopped.
+        """
+        return ()
+
+    def cancel(self, futures: Collection[Any], hurry: bool = False) -> None:
+        """Give up what has not started of `futures`, and wait for the rest.
+
+        In a `hurry` the rest is dropped, if it can be; the executor then can only be closed.
+        """
         for future in futures:
             future.cancel()
+
+    def everywhere(self, function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        """``function(*args)`` of every worker, by its name; what it raised, where it failed.
+
+        Called while no task runs; `function` is importable by its name.
+        """
+        return {"this process": function(*args)}
 
     def close(self) -> None:  # noqa: B027 - nor to release
         """Release the pool."""
@@ -71,8 +87,13 @@ class Executor(ABC):
         tasks: Iterable[Task],
         name: str,
         describe: Callable[[Task], str] = str,
+        projected: int | None = None,
+        places: Collection[str] = (),
     ) -> Generator[Result, None, None]:
         """Yield ``function(task)`` of every task, in the order in which they finish.
+
+        A task that fails for good does not keep the others from running, unless what is wrong is
+        wrong for all: the data, the store, a full disk.
 
         Parameters
         ----------
@@ -83,73 +104,25 @@ class Executor(ABC):
         name
             What people call these tasks, for example ``decompose-ch03-pass1``.
         describe
-            Words for one task, used when its worker dies.
+            Words for one task, for messages.
+        projected
+            Bytes that a task is planned to hold, for the message where a worker is killed.
+        places
+            Where the tasks write, for the message where a disk is full.
 
         Raises
         ------
-        BlockError
-            If a task's worker dies `TRIES` times.
-        Exception
-            What a task raised, if not for a passing reason, or `TRIES` times.
+        BlocksFailedError
+            In the end, if tasks failed: not for a passing reason, or `TRIES` times, or with
+            their workers; after `loop.MOST_KILLERS` of the last kind at once.
+        DiskFullError
+            If there is no space to write.
+        InputError, StoreError
+            As a task raised it, or an error that it caused.
+        RunError
+            If the cluster's scheduler is gone.
         """
-        guarded = partial(_call, function)
-        fresh = ((number, task, 1) for number, task in enumerate(tasks))
-        # tasks in flight when a worker died: tried again one by one, to find the one that kills
-        suspects: list[tuple[int, Task, int]] = []
-        alone = False
-        pending: dict[Any, tuple[int, Task, int]] = {}
-
-        def start(item: tuple[int, Task, int]) -> None:
-            pending[self.submit(guarded, item[1], name, item[0])] = item
-
-        try:
-            while True:
-                if not pending:
-                    alone = bool(suspects)
-                    if suspects:
-                        start(suspects.pop())
-                while not alone and len(pending) < self.window:
-                    item = next(fresh, None)
-                    if item is None:
-                        break
-                    start(item)
-                if not pending:
-                    return
-                for future in list(self.wait(pending)):
-                    number, task, tries = pending.pop(future)
-                    try:
-                        result = future.result()
-                    except (Exception, CancelledError) as error:
-                        again = (number, task, tries + 1)
-                        if self._died_or_raise(error, tries, task, describe):
-                            suspects.append(again)
-                            alone = True
-                        else:
-                            start(again)
-                    else:
-                        # the cluster may forget it: a result kept is a block rerun when lost
-                        getattr(future, "release", lambda: None)()
-                        yield result
-        finally:
-            self.cancel(pending)
-
-    def _died_or_raise(
-        self, error: BaseException, tries: int, task: Task, describe: Callable[[Task], str]
-    ) -> bool:
-        """Whether `task` lost its worker; raises unless it is worth another try."""
-        died = self.worker_died(error)
-        if died:
-            self.recover()
-            if tries >= self.tries_per_death:
-                raise BlockError(
-                    f"{describe(task)} lost its worker every time it was tried, most likely to "
-                    "the system's out-of-memory killer: lower memory= or workers=, or give a "
-                    "smaller block"
-                ) from error
-        elif tries >= TRIES or not is_passing(error):
-            raise error
-        log.warning("%s: %s; trying again", describe(task), error)
-        return died
+        return Loop(self, function, tasks, name, describe, projected, places).results()
 
     def __enter__(self) -> Executor:
         return self
@@ -161,31 +134,3 @@ class Executor(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _call(function: Callable[[Task], Result], task: Task) -> Result:
-    """``function(task)``; an error is marked before it travels, as its cause may be left behind."""
-    try:
-        return function(task)
-    except Exception as error:
-        error.passing = is_passing(error)  # type: ignore[attr-defined]
-        raise
-
-
-def is_passing(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, may be gone at the next try.
-
-    Examples
-    --------
-    >>> is_passing(TimeoutError()), is_passing(PermissionError()), is_passing(ValueError())
-    (True, False, False)
-    """
-    while error is not None:
-        if getattr(error, "passing", False):
-            return True
-        if isinstance(error, ConnectionError | TimeoutError):
-            return True
-        if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:
-            return True
-        error = error.__cause__
-    return False

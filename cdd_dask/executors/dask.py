@@ -12,7 +12,13 @@ from typing import Any
 from distributed import WorkerPlugin
 
 from cdd_dask.errors import InputError, RunError
-from cdd_dask.executors.base import NO_PROCESSES, Executor
+from cdd_dask.executors.base import NO_PROCESSES, SECONDS_FOR_THE_LAST, Executor
+from cdd_dask.executors.processes import (
+    SECONDS_BETWEEN_LOOKS,
+    Peaks,
+    deaf_to_interrupts,
+    peak_memory,
+)
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +26,10 @@ WINDOW_PER_THREAD = 4
 """Tasks in flight for each of a cluster's threads: enough to hide the scheduler's latency."""
 LARGEST_WINDOW = 256
 """More in flight only burden the scheduler, unless that leaves threads idle."""
-SECONDS_FOR_THE_LAST = 600.0
-"""How long a failed run waits for blocks that its workers still compute."""
+SECONDS_BETWEEN_REPORTS = 5.0
+"""Between two looks at what a user's workers have told their scheduler."""
+SECONDS_TO_RESTART = 30.0
+"""How long a worker on which a task hung may take to be back."""
 
 
 class DaskExecutor(Executor):
@@ -47,6 +55,9 @@ class DaskExecutor(Executor):
         if client is None:
             self._cluster, client = start_local_cluster(workers)
         self.client = client
+        self._elsewhere: dict[int, list[str]] = {}
+        """Workers that a task shall rather run on, by its number: it hung on another."""
+        self._peaks: Peaks | None = None
         self._run = uuid.uuid4().hex[:8]
         try:
             client.register_plugin(_Prepare(prepare), name=f"cdd-dask-{self._run}")
@@ -57,31 +68,85 @@ class DaskExecutor(Executor):
         threads = sum(worker["nthreads"] for worker in info.values())
         self.window = max(8, min(WINDOW_PER_THREAD * threads, max(LARGEST_WINDOW, 2 * threads)))
         self._resources = {"GPU": 1} if all_have_gpus(info) else {}
+        interval = SECONDS_BETWEEN_REPORTS if self._cluster is None else SECONDS_BETWEEN_LOOKS
+        self._peaks = Peaks(self._memory_of_workers, interval)
 
     def submit(self, function: Callable[[Any], Any], task: Any, name: str, number: int) -> Any:
         # the dashboard shows a key's first part, up to the first hyphen before a digit; so the
         # readable name is the first item of a tuple, which it shows as a group
         key = (f"{name}-{self._run}", number, uuid.uuid4().hex[:4])
+        elsewhere = self._elsewhere.pop(number, None) or None
         return self.client.submit(
-            function, task, key=key, pure=False, resources=self._resources, retries=0
+            function,
+            task,
+            key=key,
+            pure=False,
+            resources=self._resources,
+            retries=0,
+            workers=elsewhere,
+            allow_other_workers=elsewhere is not None,
         )
 
-    def wait(self, futures: Collection[Any]) -> Iterable[Any]:
+    def wait(self, futures: Collection[Any], timeout: float | None = None) -> Iterable[Any]:
         from distributed import wait
 
         with self.client.as_current():  # the user's client need not be the default one
-            done: Iterable[Any] = wait(list(futures), return_when="FIRST_COMPLETED").done
+            try:
+                done: Iterable[Any] = wait(
+                    list(futures), timeout=timeout, return_when="FIRST_COMPLETED"
+                ).done
+            except TimeoutError:
+                return ()
         return done
+
+    def everywhere(self, function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+        return dict(self.client.run(function, *args, on_error="return"))
 
     def worker_died(self, error: BaseException) -> bool:
         from distributed.scheduler import KilledWorker
 
         return isinstance(error, KilledWorker)
 
-    def cancel(self, futures: Collection[Any]) -> None:
-        if not futures:
+    def peak_of(self, error: BaseException) -> int | None:
+        address = getattr(getattr(error, "last_worker", None), "address", "")
+        return self._peaks.of(address) if self._peaks else None
+
+    def _memory_of_workers(self) -> dict[str | int, int | None]:
+        if self._cluster is not None:
+            nannies = list(self._cluster.workers.values())
+            return {one.worker_address: peak_memory(one.pid) for one in nannies if one.pid}
+        return {
+            address: worker["metrics"]["memory"]
+            for address, worker in self.client.scheduler_info(n_workers=-1)["workers"].items()
+        }
+
+    def has_begun(self, future: Any) -> bool:
+        return self._worker_of(future) is not None
+
+    def _worker_of(self, future: Any) -> str | None:
+        """Address of the worker that has a task; None while the task waits at the scheduler."""
+        held = self.client.processing().items()
+        return next((address for address, keys in held if future.key in keys), None)
+
+    def abandon(self, future: Any, number: int, pending: Collection[Any]) -> Collection[Any]:
+        address = self._worker_of(future)
+        known = self.client.scheduler_info(n_workers=-1)["workers"]
+        self.client.cancel([future], force=True)
+        # restarted, or without a nanny occupied for ever
+        self._elsewhere[number] = [other for other in known if other != address]
+        if address in known and known[address].get("nanny"):
+            log.warning("restarting the worker %s, on which a task hangs", address)
+            self.client.restart_workers(
+                [address], timeout=SECONDS_TO_RESTART, raise_for_error=False
+            )
+        return (future,)
+
+    def cancel(self, futures: Collection[Any], hurry: bool = False) -> None:
+        if not futures or self.client.status != "running":
             return
         self.client.cancel(list(futures), force=True)
+        if hurry:  # what a user's workers still write are the same bits that a later run writes
+            return
         # what has begun cannot be stopped, and must not write after its run has ended
         patience = time.monotonic() + SECONDS_FOR_THE_LAST
         while any(self.client.run(_computes, self._run, on_error="ignore").values()):
@@ -91,6 +156,8 @@ class DaskExecutor(Executor):
             time.sleep(0.05)
 
     def close(self) -> None:
+        if self._peaks is not None:
+            self._peaks.close()
         if self._cluster is not None:
             self.client.close()
             self._cluster.close()
@@ -132,13 +199,14 @@ def start_local_cluster(workers: int) -> tuple[Any, Any]:
     }
     with dask.config.set(settings):
         try:
-            cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                silence_logs=logging.ERROR,
-            )
+            with deaf_to_interrupts():
+                cluster = LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=1,
+                    host="127.0.0.1",
+                    dashboard_address="127.0.0.1:0",
+                    silence_logs=logging.ERROR,
+                )
         except RuntimeError as error:
             raise RunError(NO_PROCESSES) from error
         # a nanny gives up a worker that dies while it starts: have the cluster make another

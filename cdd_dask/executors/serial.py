@@ -22,7 +22,7 @@ class SerialExecutor(Executor):
             future.set_exception(error)
         return future
 
-    def wait(self, futures: Collection[Any]) -> Iterable[Any]:
+    def wait(self, futures: Collection[Any], timeout: float | None = None) -> Iterable[Any]:
         return futures
 
     def worker_died(self, error: BaseException) -> bool:
