@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from cdd_dask.errors import InputError
 
 PER_AXIS = ("block", "axes", "spacing")
 """Options that may be lists."""
+DEEPEST = 2
+"""A mapping of options, and a list in it."""
 
 
 def load_config(path: str | Path, known: Collection[str]) -> dict[str, Any]:
@@ -30,8 +33,10 @@ def load_config(path: str | Path, known: Collection[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        options = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = Path(path).read_text()
+        _check_plain(text)
+        options = yaml.safe_load(text)
+    except Exception as error:  # odd tags make YAML fail in any way
         raise InputError(f"config {path} cannot be read: {error}") from error
     if options is None:
         return {}
@@ -41,16 +46,30 @@ def load_config(path: str | Path, known: Collection[str]) -> dict[str, Any]:
     unknown = [key for key, name in names.items() if name not in known]
     if unknown:
         raise InputError(
-            f"config {path} has the unknown option {unknown[0]!r}: choose from "
+            f"config {path} has the unknown option {reprlib.repr(unknown[0])}: choose from "
             f"{', '.join(sorted(known))}"
         )
     for key, value in options.items():
         sides = value if isinstance(value, list) and names[key] in PER_AXIS else [value]
         if not all(side is None or isinstance(side, str | bool | int | float) for side in sides):
-            raise InputError(f"config {path}: {key}={value!r} is no value of that option")
+            raise InputError(
+                f"config {path}: {key}={reprlib.repr(value)} is no value of that option"
+            )
     # numbers as the command line would have them, which checks and converts both alike
     return {
         names[key]: value if isinstance(value, bool | list) else str(value)
         for key, value in options.items()
         if value is not None
     }
+
+
+def _check_plain(text: str) -> None:
+    """Refuse what no option needs, and with which a few lines can take all memory there is."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
+            raise ValueError("options are numbers, texts or lists of them, without aliases (*name)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask import store
-from cdd_dask.blocks import Region
+from cdd_dask.addresses import check_address
+from cdd_dask.attributes import check_group, check_image, check_root
+from cdd_dask.blocks import Grid, Region
 from cdd_dask.errors import InputError, StoreError
 from cdd_dask.memory import format_bytes
 from cdd_dask.parameters import Parameters
@@ -51,34 +54,25 @@ class Decomposition:
 
     def __init__(self, address: str, root: zarr.Group) -> None:
         self._address = address
-        attributes: Any = root.attrs[store.KEY]
-        self.attrs: Mapping[str, Any] = MappingProxyType(attributes)
-        self.scales: NDArray[np.float64] = np.array(attributes["edges"], np.float64)
-        self.parameters = Parameters(**attributes["parameters"])
+        known: Any = root.attrs.get(store.KEY)
+        check_root(address, known)
+        self.attrs: Mapping[str, Any] = MappingProxyType(known)
+        self.scales: NDArray[np.float64] = np.array(known["edges"], np.float64)
+        self.parameters = Parameters(**known["parameters"])
         self.unit = self.parameters.scale_unit
+        grid = Grid(tuple(known["plan"]["volume"]["shape"]), tuple(known["plan"]["block"]))
         names = [*map(store.channel_name, range(len(self.scales))), store.RESIDUAL]
-        images: list[Any] = [root[store.image_path(name)] for name in names]
+        self._groups: dict[str, Any] = {}
+        images = []
+        for name, scales in zip(names, pairwise([0.0, *known["edges"], None]), strict=True):
+            group: Any = root[name].attrs.get(store.KEY)
+            check_group(address, name, group, scales, known["complete"])
+            image: Any = root[store.image_path(name)]
+            check_image(address, store.image_path(name), image, self.parameters, grid)
+            self._groups[name] = group
+            images.append(image)
         self.channels: tuple[Any, ...] = tuple(images[:-1])
         self.residual: Any = images[-1]
-        self._groups: dict[str, Any] = {name: dict(root[name].attrs)[store.KEY] for name in names}
-        self._check(attributes, images)
-
-    def _check(self, attributes: Any, images: list[Any]) -> None:
-        """Refuse attributes that nobody could work with; they may have been edited."""
-        shape, block = tuple(attributes["plan"]["volume"]["shape"]), attributes["plan"]["block"]
-        if any(image.shape != shape for image in images):
-            raise ValueError(f"its arrays do not all have the shape {shape}")
-        if len(block) != len(shape) or not all(isinstance(b, int) and b > 0 for b in block):
-            raise ValueError(f"its blocks cannot have the shape {block}")
-        if not all(
-            isinstance(attributes["source"][key], str) for key in ("description", "address")
-        ):
-            raise ValueError("it does not know its source")
-        if attributes["complete"] and not {"empty", "computed"} <= attributes["blocks"].keys():
-            raise ValueError("it does not know how many blocks were computed")
-        wanted = {"scale_from", "scale_to"} | ({"statistics"} if attributes["complete"] else set())
-        if any(wanted - group.keys() for group in self._groups.values()):
-            raise ValueError("its groups lack their scales or statistics")
 
     @property
     def path(self) -> str | None:
@@ -212,9 +206,8 @@ def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> D
     StoreError
         If it is no store of ours, of another format version, or not complete.
     """
-    from zarr.errors import BaseZarrError
-
     address = str(path)
+    check_address("path", address)
     if address.startswith("in-memory:"):
         raise InputError("a store in memory cannot be opened by name: keep what decompose returned")
     if "://" not in address:
@@ -223,23 +216,24 @@ def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> D
             raise FileNotFoundError(f"{address} does not exist")
     try:
         root = store.open_root(address)
-        attributes: Any = root.attrs[store.KEY]
-        version, complete = attributes["format_version"], attributes["complete"]
-    except (OSError, ImportError, BaseZarrError, ValueError, KeyError, TypeError) as error:
+        known: Any = root.attrs[store.KEY]
+        complete = known["complete"]
+    except Exception as error:  # damaged metadata make Zarr fail in any way
         raise StoreError(
-            f"{address} is no decomposition store of cdd-dask that can be read: {error}"
+            f"{address} is no decomposition store of cdd-dask that can be read: {_reason(error)}"
         ) from error
-    if version != store.FORMAT_VERSION:
-        raise StoreError(
-            f"{address} has format version {version}, this version of cdd-dask reads "
-            f"{store.FORMAT_VERSION}: install the one that wrote it"
-        )
-    if complete is not True and not allow_incomplete:
+    if complete is False and not allow_incomplete:
         raise StoreError(
             f"{address} is not complete: its run is still going on, or was stopped. Run it again "
             "with overwrite=True, or look at what is there with allow_incomplete=True"
         )
     try:
         return Decomposition(address, root)
-    except (BaseZarrError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{address} is damaged: {error}") from error
+    except StoreError:
+        raise
+    except Exception as error:
+        raise StoreError(f"{address} is damaged: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

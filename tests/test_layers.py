@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cdd_dask"
 LAYERS = (
-    ("errors", "faults", "parameters", "tables", "statistics"),
+    ("errors", "faults", "addresses", "parameters", "tables", "statistics"),
     (
         "scales",
         "kernels",
@@ -24,10 +24,20 @@ LAYERS = (
     ),
     ("engines",),
     ("blocks", "memory", "regimes", "plans", "drafts", "planner", "working"),
-    ("readers", "store", "probes", "objects", "marks", "lease"),
+    ("readers", "store", "attributes", "probes", "objects", "marks", "lease"),
     ("cell_tasks", "task"),
     ("executors",),
-    ("progress", "calibration", "resources", "output", "decomposition", "identity", "resuming", "run", "preflight"),
+    (
+        "progress",
+        "calibration",
+        "resources",
+        "output",
+        "decomposition",
+        "identity",
+        "resuming",
+        "run",
+        "preflight",
+    ),
     ("api", "checkup", "compat", "config", "exporting", "sampling", "verification"),
     ("cli",),
 )

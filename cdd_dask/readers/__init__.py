@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from cdd_dask.addresses import check_address
 from cdd_dask.errors import CddError, InputError, SourceNotFoundError, SourceReadError
 from cdd_dask.readers.arrays import known_array, open_array, open_npy
 from cdd_dask.readers.base import Source, split_address
@@ -48,7 +49,7 @@ def open_source(source: Any) -> Source:
     SourceReadError
         If it cannot be read.
     InputError
-        If its shape or dtype is none that can be decomposed.
+        If its shape or dtype is none that can be decomposed, or its address holds credentials.
     """
     if not isinstance(source, str | Path):
         if type(source).__module__.split(".")[0] == "zarr":
@@ -58,6 +59,7 @@ def open_source(source: Any) -> Source:
                 raise InputError("source is a Zarr group: name one of its arrays")
             return zarr_source(source)
         return open_array(source)
+    check_address("source", str(source))
     try:
         return _open_address(str(source).removeprefix("file://"))
     except CddError:

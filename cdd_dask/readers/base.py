@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask.blocks import Region
-from cdd_dask.errors import InputError
+from cdd_dask.addresses import UNPRINTABLE
+from cdd_dask.errors import InputError, SourceReadError
+from cdd_dask.memory import available_memory, format_bytes
 from cdd_dask.parameters import MAX_NDIM
 
-LARGEST_VOLUME = 2**60
-"""Voxels of the largest volume that anybody could store."""
+LARGEST_VOLUME = 2**49
+"""Voxels of the largest volume that anybody could store: 2 PB in float32."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Source:
         return Path(split_address(self.address)[0])
 
     def __post_init__(self) -> None:
+        if UNPRINTABLE.search(self.description + self.address):
+            raise InputError(f"source {self.description!a} holds characters that cannot be printed")
         if not 1 <= len(self.shape) <= MAX_NDIM:
             raise InputError(
                 f"{self.description} has {len(self.shape)} axes (shape {self.shape}): "
@@ -90,6 +94,24 @@ def split_address(address: str) -> tuple[str, str | None]:
     if not separator or os.path.lexists(address):
         return address, None
     return path, part
+
+
+def check_decodable(path: Path, chunk: tuple[int, ...], itemsize: int) -> None:
+    """Refuse a file whose parts are decoded whole and would not fit the memory.
+
+    Compressed, they need next to no room in the file: only its header tells.
+
+    Raises
+    ------
+    SourceReadError
+        If a `chunk` of so many voxels needs more than is free.
+    """
+    needed, free = math.prod(chunk) * itemsize, available_memory()
+    if needed > free:
+        raise SourceReadError(
+            f"{path} is decoded in parts of {format_bytes(needed)}, but {format_bytes(free)} of "
+            "memory is free: store it in smaller tiles"
+        )
 
 
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

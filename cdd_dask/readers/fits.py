@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cdd_dask.blocks import Region
 from cdd_dask.errors import InputError, MissingDependencyError, SourceReadError
-from cdd_dask.readers.base import Source, squeezed
+from cdd_dask.readers.base import Source, check_decodable, squeezed
 from cdd_dask.readers.regions import read_region
 from cdd_dask.readers.units import plain_unit
 
@@ -77,6 +77,7 @@ def open_fits(path: Path, part: str | None = None) -> Source:
         raise SourceReadError(f"{path} is no readable FITS file: {error}") from error
     kept = squeezed(shape)
     if tile is not None:
+        check_decodable(path, tile, 8)
         array: Any = _CompressedImage(path, number, shape, kept)
         dtype = array.dtype
     else:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cdd_dask.blocks import Region
 from cdd_dask.errors import InputError, MissingDependencyError, SourceReadError
-from cdd_dask.readers.base import Source, squeezed
+from cdd_dask.readers.base import Source, check_decodable, squeezed
 from cdd_dask.readers.regions import read_region
 from cdd_dask.readers.units import plain_unit
 
@@ -64,6 +64,7 @@ def open_tiff(path: Path, part: str | None = None) -> Source:
         array: Any = np.memmap(path, stored, "r", offset, shape)
         chunk = None
     else:
+        check_decodable(path, tile or full, stored.itemsize)
         array = _Pages(path, number, full, kept, stored)
         array[(slice(0, 1),) * len(kept)]  # what cannot be decoded is refused before a run
         # pages are decoded whole, or tile by tile

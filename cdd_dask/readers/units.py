@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cdd_dask.addresses import UNPRINTABLE
+
 PLAIN = {
     "angstrom": "Å", "nanometer": "nm", "nanometre": "nm", "micrometer": "µm",
     "micrometre": "µm", "micron": "µm", "microns": "µm", "um": "µm", "\u03bcm": "µm",
@@ -25,4 +27,6 @@ def plain_unit(name: object) -> str | None:
     """
     text = name.decode(errors="replace") if isinstance(name, bytes) else str(name or "")
     text = text.strip().rstrip("\0").replace("\\u00B5", "µ")
+    if UNPRINTABLE.search(text):
+        return None
     return PLAIN.get(text.lower() if len(text) > 3 else text, text)
