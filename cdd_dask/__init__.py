@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cdd_dask.api import decompose, plan
+    from cdd_dask.checkup import doctor
     from cdd_dask.compat import constrained_diffusion_decomposition
     from cdd_dask.decomposition import Decomposition, open_decomposition
     from cdd_dask.exporting import export
     from cdd_dask.plans import Plan
+    from cdd_dask.preflight import Preflight
     from cdd_dask.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -18,24 +20,32 @@ __version__ = "0.1.0"
 __all__ = [
     "Decomposition",
     "Plan",
+    "Preflight",
+    "Repair",
     "Verification",
     "constrained_diffusion_decomposition",
     "decompose",
+    "doctor",
     "export",
     "open_decomposition",
     "plan",
+    "repair",
     "verify",
 ]
 
 _HOME = {
     "Decomposition": "decomposition",
     "Plan": "plans",
+    "Preflight": "preflight",
+    "Repair": "mending",
     "Verification": "verification",
     "constrained_diffusion_decomposition": "compat",
     "decompose": "api",
+    "doctor": "checkup",
     "export": "exporting",
     "open_decomposition": "decomposition",
     "plan": "api",
+    "repair": "mending",
     "verify": "verification",
 }
 

@@ -130,6 +130,8 @@ OPTIONS = (
                  help="A running Dask scheduler to use, like tcp://host:8786."),
     click.option("--overwrite/--keep", default=False, show_default=True,
                  help="Whether a decomposition that is at OUT is replaced."),
+    click.option("--break-lease/--respect-lease", default=False, show_default=True,
+                 help="Whether to write to OUT though another run seems to, which is no more."),
     click.option("--progress/--quiet", default=True, show_default=True,
                  help="Whether progress is shown."),
 )  # fmt: skip
@@ -154,6 +156,8 @@ def cli() -> None:
 @_with_options
 def decompose(source: str, out: str, scheduler: str | None, **options: Any) -> None:
     """Split SOURCE into its scales, in the Zarr store OUT.
+
+    Where OUT was begun with the same options by a run that was stopped, this one goes on.
 
     SOURCE is a Zarr array or a FITS, HDF5, TIFF, NIfTI or .npy file; file::part names an HDU, a
     dataset or a series of it.
@@ -265,6 +269,38 @@ def verify(store: str, **options: Any) -> None:
 
 @cli.command()
 @click.argument("store")
+@click.option("--source", help="What was decomposed.  [default: what the store remembers]")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="What computing may take, like 500MB.  [default: half of what is free]",
+)
+@click.option(
+    "--scratch",
+    metavar="FOLDER",
+    help="Where to put what is computed on the way.  [default: beside STORE]",
+)
+@click.option(
+    "--break-lease/--respect-lease",
+    default=False,
+    show_default=True,
+    help="Whether to write to STORE though a run seems to, which is no more.",
+)
+@click.option("--progress/--quiet", default=True, show_default=True,
+              help="Whether progress is shown.")  # fmt: skip
+def repair(store: str, **options: Any) -> None:
+    """Mend what verify finds damaged in STORE, to the same bits where that can be."""
+    from cdd_dask.mending import repair as mend
+
+    _log_lines(options["progress"])
+    done = mend(store, **options)
+    click.echo(str(done))
+    if done.impossible:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("store")
 @click.option("--to", required=True, metavar="FORMAT", help="fits, npy or tiff (OME-TIFF).")
 @click.option("--out", metavar="PATH", help="Folder, or the file of the only output.  [STORE's]")
 @click.option("--channel", metavar="LIST", help="Channels, like 0,2,residual.  [default: all]")
@@ -282,6 +318,24 @@ def export(store: str, channel: str | None, region: str | None, **options: Any) 
     ranges = None if region is None else parse_region(region)
     for path in write(store, channel=channels, region=ranges, **options):
         click.echo(path)
+
+
+@cli.command()
+@click.argument("source", required=False)
+@click.argument("out", required=False)
+@_with_options
+def doctor(source: str | None, out: str | None, scheduler: str | None, **options: Any) -> None:
+    """Check whether all is fit to decompose SOURCE into OUT, here and on every worker.
+
+    Without them: whether this machine, or the cluster at --scheduler, is fit for any run, with its
+    output in the current folder. The exit status is 1 if something must be mended.
+    """
+    from cdd_dask.checkup import doctor as check
+
+    found = check(source, out, client=_connect(scheduler), **_plain(options))
+    click.echo(str(found))
+    if not found.ok:
+        sys.exit(1)
 
 
 def _empty_blocks(result: Any) -> str:

@@ -114,7 +114,8 @@ def source_identity(source: Source) -> dict[str, Any]:
         known["address"] = source.address
     if source.path is not None:
         known |= _file_state(source.path)
-    return {**known, "content": _content(source)}
+    identity: dict[str, Any] = _plain({**known, "content": _content(source)})
+    return identity
 
 
 def _file_state(path: Path) -> dict[str, Any]:

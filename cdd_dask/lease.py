@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import math
 import os
 import socket
 import threading
@@ -137,7 +138,7 @@ class Lease:
         try:
             return Holder(**(objects.read_attributes(address, GROUP) or {}))
         except TypeError:
-            return Holder("", "somebody", "an unknown host", 0, 0.0, 0.0, time.time())
+            return Holder("", "somebody", "an unknown host", 0, 0.0, 0.0, math.inf)
 
     def _take(self) -> None:
         held = self.read(self._address)
@@ -154,7 +155,7 @@ class Lease:
             raise LeaseError(f"{self._address} is being written by {now}: wait until it is done")
 
     def _check_free(self, held: Holder) -> None:
-        silent = time.time() - held.beat
+        silent = max(0.0, time.time() - held.beat)
         if held.is_gone or silent > SECONDS_TO_EXPIRY or self._break:
             return
         raise LeaseError(

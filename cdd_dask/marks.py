@@ -7,7 +7,8 @@ the task wrote to every array, and the statistics of it, so that neither is lost
     done/pass_0003/block_00000012/zarr.json    while the pass goes on, one object a task
     done/pass_0003/zarr.json                   all of them, when it is over
 
-Both are attributes of groups, so that the store remains a Zarr hierarchy.
+Both are attributes of groups, so that the store remains a Zarr hierarchy. The group above has a
+copy of the root's attributes.
 """
 
 from __future__ import annotations
@@ -71,11 +72,15 @@ def block_path(number: int, block: int) -> str:
     return f"{pass_path(number)}/block_{block:08d}"
 
 
+def keep_copy(address: str) -> None:
+    """Keep a copy of the root's attributes beside the marks, to repair those."""
+    objects.write_group(address, FOLDER, objects.read_attributes(address, "") or {})
+
+
 def start_marks(address: str, number: int) -> None:
-    """Make the groups in which the marks of a pass lie."""
-    for path in (FOLDER, pass_path(number)):
-        if not objects.has_object(address, f"{path}/zarr.json"):
-            objects.write_group(address, path, {})
+    """Make the group in which the marks of a pass lie."""
+    if not objects.has_object(address, f"{pass_path(number)}/zarr.json"):
+        objects.write_group(address, pass_path(number), {})
 
 
 def write_mark(address: str, fingerprint: str, number: int, mark: Mark) -> None:

@@ -130,6 +130,12 @@ class Resources:
     scratch: bool = False
     """Whether working fields lie elsewhere than the output."""
 
+    @classmethod
+    def of_dict(cls, values: dict[str, Any]) -> Resources:
+        """The resources of plain JSON values."""
+        records = {"footprint": Footprint, "blank_footprint": Footprint, "speeds": Speeds}
+        return cls(**{**values, **{name: make(**values[name]) for name, make in records.items()}})
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -277,8 +283,9 @@ class Plan:
     place for them."""
 
     @classmethod
-    def of_dict(cls, values: dict[str, Any], resources: Resources) -> Plan:
-        """The plan that `as_dict` described, to be carried out with other resources."""
+    def of_dict(cls, values: dict[str, Any], resources: Resources | None = None) -> Plan:
+        """The plan that `as_dict` described, to be carried out with other `resources` if given."""
+        resources = resources or Resources.of_dict(values["resources"])
         stages = tuple(map(stage_from_dict, values["stages"]))
         known = values["volume"]
         chunk = known["source_chunk"]

@@ -7,7 +7,7 @@ import platform
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +16,7 @@ from cdd_dask.errors import CddError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.identity import fingerprint_of
-from cdd_dask.marks import Mark, gather_marks, read_marks, remove_marks, start_marks
+from cdd_dask.marks import Mark, gather_marks, keep_copy, read_marks, remove_marks, start_marks
 from cdd_dask.plans import Pass, Plan, Stage
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, locate_bad_value
@@ -55,6 +55,7 @@ def prepare_store(
     if scratch:
         store.create_scratch(attributes["scratch"], run)
     store.create_store(address, plan.grid, plan.edges, _axes(plan, source), attributes)
+    keep_copy(address)
     return run
 
 
@@ -67,6 +68,7 @@ def go_on_with_store(plan: Plan, source: Source, address: str) -> str:
     if scratch:
         store.take_scratch(scratch, run)
     root.attrs[store.KEY] = {**attributes, "run": run, **_how_it_runs(plan, source)}
+    keep_copy(address)
     return run
 
 
@@ -88,6 +90,7 @@ def _how_it_runs(plan: Plan, source: Source) -> dict[str, Any]:
             "units": source.units and list(source.units),
             "header": source.header,
         },
+        "axes": [astuple(axis) for axis in _axes(plan, source)],
     }
 
 
@@ -134,23 +137,13 @@ def execute(
             log.info("going on: %d of %d blocks are done", done, plan.tasks)
         totals = Totals()
         carry_out(plan, source, address, run, executor, progress, left, totals, check=check)
-        names = [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
-        whole = totals.statistics["source"]
-        nature = nature_of(plan, whole)
-        outcome = {
-            "source_statistics": whole.as_dict(),
-            "error": _error_kind(nature, {stage.error for stage in plan.stages}),
-            "blocks": {"computed": totals.computed, "empty": totals.empty},
-        }
-        known = [{"statistics": totals.statistics[name].as_dict()} for name in names]
-        for stage in plan.stages:
-            if stage.channel is not None:
-                known[stage.channel] |= _how(plan, stage, nature)
+        known, outcome = outcome_of(plan, totals)
         for number, one in enumerate(passes):
-            if not outputs(plan, one):
+            if number and not outputs(plan, one):  # the first one knows the source
                 remove_marks(address, number)
         scratch = store.scratch_of(address, run)
         store.finish_store(address, run, known, outcome)
+        keep_copy(address)
         if scratch:
             store.remove_scratch(scratch, run)
     except (OSError, StoreError) as error:
@@ -159,6 +152,23 @@ def execute(
         raise RunError(
             f"the run stopped, and {address} is left incomplete: {error}; run it again to go on"
         ) from error
+
+
+def outcome_of(plan: Plan, totals: Totals) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What the attributes of every output say of it when all is done, and those of the root."""
+    names = [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
+    whole = totals.statistics["source"]
+    nature = nature_of(plan, whole)
+    outcome = {
+        "source_statistics": whole.as_dict(),
+        "error": _error_kind(nature, {stage.error for stage in plan.stages}),
+        "blocks": {"computed": totals.computed, "empty": totals.empty},
+    }
+    known = {name: {"statistics": totals.statistics[name].as_dict()} for name in names}
+    for stage in plan.stages:
+        if stage.channel is not None:
+            known[store.channel_name(stage.channel)] |= _how(plan, stage, nature)
+    return known, outcome
 
 
 def carry_out(
@@ -267,6 +277,15 @@ class Totals:
     """Blocks diffused, counted once for every channel."""
     empty: int = 0
     """Blocks not diffused, having nothing but zeros and blank voxels, counted likewise."""
+
+    @classmethod
+    def of(cls, marks: Iterable[dict[int, Mark]]) -> Totals:
+        """What the marks of passes tell, by block."""
+        totals = cls()
+        for one in marks:
+            for block in sorted(one):
+                totals.add(one[block])
+        return totals
 
     def add(self, result: Mark) -> None:
         for name, statistics in result.statistics.items():

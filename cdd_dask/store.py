@@ -423,12 +423,11 @@ def _open_array(address: str, path: str, mode: str = "r") -> zarr.Array[Any]:
 
 
 def finish_store(
-    address: str, run: str, outputs: Sequence[dict[str, Any]], attributes: dict[str, Any]
+    address: str, run: str, outputs: dict[str, dict[str, Any]], attributes: dict[str, Any]
 ) -> None:
     """Write what is known of every output, then `attributes`, and last that it is complete."""
     root = root_of_run(address, run, "r+")
-    names = [*map(channel_name, range(len(outputs) - 1)), RESIDUAL]
-    for name, known in zip(names, outputs, strict=True):
+    for name, known in outputs.items():
         _update(root[name], known)
     _update(root, {**attributes, "complete": True})
 

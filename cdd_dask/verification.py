@@ -8,19 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from cdd_dask.blocks import Grid
+from cdd_dask import objects, store
 from cdd_dask.decomposition import Decomposition, open_decomposition
-from cdd_dask.errors import InputError, VerificationError
+from cdd_dask.errors import InputError, StoreError, VerificationError
+from cdd_dask.marks import FOLDER
 from cdd_dask.memory import available_memory, byte_count
+from cdd_dask.output import output_address
 from cdd_dask.parameters import check_count
 from cdd_dask.progress import Progress
 from cdd_dask.readers import Source, open_source, read_field
 from cdd_dask.sampling import Sample, sample_channels
+from cdd_dask.soundness import Damage, Ledger, output_names
 from cdd_dask.statistics import difference
-from cdd_dask.store import missing_shards
 
 TOLERANCE = 4
 """Units in the last place of the field's maximum that the sum may be off."""
+MOST_SHOWN = 20
+"""Damages that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ def verify(
 ) -> Verification:
     """Check that a store is whole and that its outputs sum up to the source.
 
-    Every shard of every output must be there; then ``sum(channels) + residual`` is compared
-    with the source, one block at a time. Whether the field is shared rightly among the channels
+    Its metadata must be as they were written, and every block of every output be there, sound, and
+    what its done mark describes; then ``sum(channels) + residual`` is compared with the source.
+    Whether the field is shared rightly among the channels
     only a `sample` tells, see `sampling`.
 
     Parameters
@@ -87,8 +92,8 @@ def verify(
     Raises
     ------
     VerificationError
-        If something is missing or damaged, or the sum is off by more than 4 units in the last
-        place of the maximum; or if a channel whose error is exact or bounded differs from its
+        If something is missing or damaged (`repair` mends it), or the sum is off by more than 4
+        units in the last place of the maximum; or if a channel whose error is exact or bounded differs from its
         recomputation by more than `rtol` of the field's range. The message names the worst voxel.
         Coarse kernels and fields of mixed sign are judged by the root mean square difference,
         which may be larger by what is known of these.
@@ -97,12 +102,14 @@ def verify(
     """
     count, seed = check_count("sample", sample, 0), check_count("seed", seed, 0)
     budget = available_memory() // 2 if memory is None else byte_count("memory", memory)
-    result = open_decomposition(path)
-    opened = _source_of(result, source)
-    _check_present(result)
-    grid = Grid(result.shape, tuple(result.attrs["plan"]["block"]))
-    with Progress(progress, len(grid) + count * len(result.channels)) as shown:
-        found = _compare_sum(result, opened, grid, shown)
+    address = output_address(path)
+    check_finished(address)
+    ledger = Ledger.of(address)
+    _refuse(address, [*ledger.damaged_metadata()])
+    result = open_decomposition(address)
+    opened = source_of(result.attrs["source"], result.shape, source)
+    with Progress(progress, len(ledger.plan.grid) + count * len(result.channels)) as shown:
+        found = _check_blocks(result, ledger, opened, shown)
         if count:
             samples = sample_channels(result, opened, count, seed, budget, shown)
             _check_kept(result, samples)
@@ -110,28 +117,55 @@ def verify(
     return found
 
 
-def _compare_sum(
-    result: Decomposition, source: Source, grid: Grid, shown: Progress
+def check_finished(address: str) -> None:
+    """Raise what `open_decomposition` would, unless it is damage to be told in full."""
+    try:
+        open_decomposition(address)
+    except StoreError:
+        copy = (objects.read_attributes(address, FOLDER) or {}).get(store.KEY)
+        if not isinstance(copy, dict) or copy.get("complete") is not True:
+            raise
+
+
+def _refuse(address: str, damages: list[Damage]) -> None:
+    """Raise where something is damaged, with a list of it."""
+    if not damages:
+        return
+    shown = "\n".join(f"  {damage}" for damage in damages[:MOST_SHOWN])
+    more = f"\n  and {len(damages) - MOST_SHOWN} more" if len(damages) > MOST_SHOWN else ""
+    raise VerificationError(
+        f"{address} is damaged, in {len(damages)} places:\n{shown}{more}\n"
+        "`cdd-dask repair` mends what can be mended"
+    )
+
+
+def _check_blocks(
+    result: Decomposition, ledger: Ledger, source: Source, shown: Progress
 ) -> Verification:
-    """How far ``sum(channels) + residual`` is from the source, block by block."""
+    """Whether all blocks are what was written, and how far their sum is from the source."""
     worst, where, largest = -1.0, (0,) * len(result.shape), 0.0
+    grid, names, damages = ledger.plan.grid, output_names(ledger.plan), []
     shown.stage("verify", len(grid))
     for number in range(len(grid)):
         core = grid.core(number)
+        total: Any = 0.0
+        for name in names:
+            values, damage = ledger.damaged_block(name, number)
+            if damage is not None:
+                damages.append(damage)
+            if values is not None:
+                total = total + values.astype(np.float64)
+        shown.advance(1)
+        if damages:
+            continue
         field = read_field(source, core, result.parameters)
-        try:
-            total = result.reconstruct(core)
-        except (ValueError, OSError) as error:
-            raise VerificationError(
-                f"{result.path}: block {number}, region {_text(core)}, cannot be read: {error}"
-            ) from error
         largest = max(largest, float(np.abs(field).max(where=~np.isnan(field), initial=0.0)))
-        off = difference(total, field)
+        off = difference(total.astype(field.dtype), field)
         place = np.unravel_index(int(off.argmax()), off.shape)
         if off[place] > worst:
             worst = float(off[place])
             where = tuple(s.start + int(i) for s, i in zip(core, place, strict=True))
-        shown.advance(1)
+    _refuse(str(result.path), damages)
     ulp = float(np.spacing(np.array(largest, result.parameters.dtype)))
     found = Verification(worst, where, ulp)
     if found.worst_ulp > TOLERANCE:
@@ -143,29 +177,28 @@ def _compare_sum(
     return found
 
 
-def _source_of(result: Decomposition, source: Any) -> Source:
-    remembered = result.attrs["source"]
+def source_of(remembered: dict[str, Any], shape: tuple[int, ...], source: Any) -> Source:
+    """What was decomposed: what a user names, or what the store remembers.
+
+    Raises
+    ------
+    InputError
+        If it is gone, or cannot be what was decomposed.
+    """
     if source is None:
         if remembered["address"].startswith("object:"):
             raise InputError(
-                f"{result.path} was made from {remembered['description']}, which is gone: name "
-                "the source (--source)"
+                f"the store was made from {remembered['description']}, which is gone: name the "
+                "source (--source)"
             )
         source = remembered["address"]
     opened = open_source(source)
-    if opened.shape != result.shape:
+    if opened.shape != shape:
         raise InputError(
-            f"source {opened.description} has shape {opened.shape}, the store {result.shape}: "
+            f"source {opened.description} has shape {opened.shape}, the store {shape}: "
             "name the source that was decomposed"
         )
     return opened
-
-
-def _check_present(result: Decomposition) -> None:
-    arrays = (*result.channels, result.residual)
-    for (name, *_), array in zip(result.outputs(), arrays, strict=True):
-        if missing := missing_shards(array):
-            raise VerificationError(f"{result.path}: {name} lacks {missing} of its shards")
 
 
 def _check_kept(result: Decomposition, samples: tuple[Sample, ...]) -> None:
@@ -173,7 +206,3 @@ def _check_kept(result: Decomposition, samples: tuple[Sample, ...]) -> None:
         problems = "; ".join(f"{s} ({s.share:.2g} times what is allowed)" for s in broken)
         rtol = result.parameters.rtol
         raise VerificationError(f"{result.path}: rtol={rtol:g} is not kept: {problems}")
-
-
-def _text(region: tuple[slice, ...]) -> str:
-    return "[" + ", ".join(f"{s.start}:{s.stop}" for s in region) + "]"

@@ -38,7 +38,7 @@ LAYERS = (
         "run",
         "preflight",
     ),
-    ("api", "checkup", "compat", "config", "exporting", "sampling", "verification"),
+    ("api", "checkup", "compat", "config", "exporting", "sampling", "soundness", "verification", "mending"),
     ("cli",),
 )
 """From the ground up; a file imports from its own layer and those below."""

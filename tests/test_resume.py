@@ -20,6 +20,7 @@ from cdd_dask.errors import (
     DifferentRunError,
     LeaseError,
     OutputExistsError,
+    RunError,
     StoreError,
 )
 
@@ -40,8 +41,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Stopped(Exception):
-    """Stands for whatever ends a run."""
+class Stopped(BaseException):
+    """Stands for whatever ends a run at once, like Ctrl-C."""
 
 
 def source_of(kind: str, folder: Path, lognormal: Any) -> Any:
@@ -151,7 +152,7 @@ def test_blocks_that_do_not_fit_are_refused(executed: Any, tmp_path: Path, logno
 
 MUTATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "min_scale": ({"min_scale": 2.0}, r"min_scale=null, and now min_scale=2\.0"),
-    "max_scale": ({"max_scale": 9}, r"max_scale=8.*, and now max_scale=9"),
+    "max_scale": ({"max_scale": 9}, r"max_scale=4\.0, and now max_scale=9\.0"),
     "num_channels": ({"num_channels": 4}, "num_channels=null, and now num_channels=4"),
     "mode": ({"mode": "lin", "linear_scale_step": 2.0}, 'mode="log", and now mode="lin"'),
     "log_scale_base": ({"log_scale_base": 2.5}, r"log_scale_base=2\.0, and now .*=2\.5"),
@@ -256,8 +257,8 @@ def test_another_source_is_refused(
     state = begun[0].stat()
     try:
         change(begun[0])
+        options = {**BASE, "max_scale": 4, "engine": "cpu"}
         with pytest.raises(DifferentRunError, match=message):
-            options = {**BASE, "max_scale": 4, "engine": "cpu"}
             cdd_dask.decompose(begun[0], tmp_path / "half.zarr", **options)
         assert not executed
     finally:
@@ -280,7 +281,7 @@ def test_another_place_or_array_is_refused(begun: tuple[Path, Path], tmp_path: P
     array = zarr.create_array(str(tmp_path / "a.zarr"), data=field, chunks=(16, 16, 16))
     cdd_dask.decompose(tmp_path / "a.zarr", tmp_path / "zarr.zarr", **options)
     array[0, 0, 0] += 1
-    with pytest.raises(DifferentRunError, match="source (bytes|modified)="):
+    with pytest.raises(DifferentRunError, match=r"source (bytes|modified)="):
         cdd_dask.decompose(tmp_path / "a.zarr", tmp_path / "zarr.zarr", **options)
 
 
@@ -332,20 +333,18 @@ def test_what_is_gone_is_made_again(what: str, executed: Any, tmp_path: Path, lo
         shutil.rmtree(out / "work/field_00")
     else:
         folder = out / ("channel_00/scale0/image" if what == "channel" else "work/field_00")
-        shards = sorted(path for path in folder.rglob("*") if path.is_file())
+        shards = sorted(path for path in folder.glob("c/**/*") if path.is_file())
         if what == "torn":
-            shards[0].write_bytes(shards[0].read_bytes()[:-100])
+            shards[-1].write_bytes(shards[-1].read_bytes()[:-100])
         elif what == "channel":
             pytest.skip("not begun") if len(shards) < 2 else shards[1].unlink()
         else:
             shards[0].unlink()
     executed.limit = 10**9
-    for _ in range(3 if what == "torn" else 1):
-        try:
-            result = cdd_dask.decompose(source, out, **options)
-        except cdd_dask.CddError as error:
-            assert what == "torn"  # found when it is read, and removed
-            assert "damaged" in str(error)
+    if what == "torn":  # found when it is read, and removed
+        with pytest.raises(RunError, match="is damaged"):
+            cdd_dask.decompose(source, out, **options)
+    result = cdd_dask.decompose(source, out, **options)
     for one, other in zip(whole.channels, result.channels, strict=True):
         assert np.array_equal(one[...], other[...])
     assert np.array_equal(whole.residual[...], result.residual[...])
@@ -391,7 +390,7 @@ def test_a_second_run_is_refused(tmp_path: Path, lognormal: Any):
     ],
 )
 def test_who_is_gone_holds_nothing(change: Any, free: bool, tmp_path: Path):
-    """A process that died on this host, at once; one elsewhere after a while; a torn lease never."""
+    """A process that died on this host, at once; one elsewhere after a while; never if torn."""
     out = str(tmp_path / "out.zarr")
     with lease.Lease(out):
         kept = (tmp_path / "out.zarr/lease/zarr.json").read_text()

@@ -1,0 +1,355 @@
+"""Repairing a finished store: exactly what is damaged, to the same bits where that can be."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdd_dask import objects, store
+from cdd_dask.blocks import Grid, Region, pieces, with_halo
+from cdd_dask.errors import BudgetError, CddError
+from cdd_dask.executors.serial import SerialExecutor
+from cdd_dask.identity import check_same, source_identity
+from cdd_dask.lease import Lease
+from cdd_dask.marks import gather_marks, keep_copy, read_marks
+from cdd_dask.memory import available_memory, byte_count, format_bytes
+from cdd_dask.output import output_address
+from cdd_dask.plans import Plan
+from cdd_dask.progress import Progress
+from cdd_dask.readers import Source, read_field
+from cdd_dask.run import Totals, carry_out, prepare_store
+from cdd_dask.soundness import Damage, Ledger, output_names, template
+from cdd_dask.task import limited_threads
+from cdd_dask.verification import TOLERANCE, check_finished, source_of
+from cdd_dask.working import Nature, nature_of, uses
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What `repair` found and did."""
+
+    repaired: tuple[Damage, ...]
+    """What is as its run left it again, to the bit."""
+    approximate: tuple[tuple[Damage, str], ...]
+    """Blocks that were made of the field and the other outputs, to 4 units in the last place, each
+    with the reason."""
+    impossible: tuple[tuple[Damage, str], ...]
+    """What is still damaged, each with the reason."""
+
+    def __str__(self) -> str:
+        lines = [f"repaired to the bit: {damage}" for damage in self.repaired]
+        lines += [f"repaired approximately: {damage}: {why}" for damage, why in self.approximate]
+        lines += [f"not repaired: {damage}: {why}" for damage, why in self.impossible]
+        return "\n".join(lines) or "nothing is damaged"
+
+
+def repair(
+    path: str | Path,
+    source: Any = None,
+    *,
+    memory: int | str | None = None,
+    scratch: str | Path | None = None,
+    break_lease: bool = False,
+    progress: bool = True,
+) -> Repair:
+    """Mend what `verify` finds damaged in a finished store, and nothing else.
+
+    Metadata are restored from their copy and from the plan. Damaged blocks are computed again from
+    the source, through all blocks that they depend on, and must then be what their done marks
+    say. Where the source is not to the bit what was decomposed, a block of one output is made of
+    it and the block's other outputs.
+
+    Parameters
+    ----------
+    path
+        The store.
+    source
+        What was decomposed, as `decompose` takes it; None opens what the store remembers.
+    memory
+        Bytes (or ``"500MB"``) that computing may take; None is half of what is free.
+    scratch
+        Folder for what is computed on the way; None takes the one that `path` lies in.
+    break_lease
+        Write to the store even if a run seems to, which surely is no more.
+    progress
+        Show a progress bar, or log lines where nobody watches.
+
+    Returns
+    -------
+    Repair
+        What was done and what could not be.
+
+    Raises
+    ------
+    StoreError
+        If there is no finished store, or its metadata and their copy are both lost.
+    LeaseError
+        If another run writes to the store.
+    BudgetError
+        If the store's blocks do not fit the memory.
+    """
+    address = output_address(path)
+    budget = available_memory() // 2 if memory is None else byte_count("memory", memory)
+    check_finished(address)
+    with Lease(address, break_lease):
+        mender = _Mender(Ledger.of(address), budget, scratch)
+        mender.restore_metadata()
+        mender.mend_blocks(source, progress)
+        mender.finish()
+    return Repair(tuple(mender.repaired), tuple(mender.approximate), tuple(mender.impossible))
+
+
+class _Mender:
+    """One repair."""
+
+    def __init__(self, ledger: Ledger, budget: int, scratch: str | Path | None) -> None:
+        self._ledger, self._plan, self._address = ledger, ledger.plan, ledger.address
+        self._budget, self._scratch = budget, scratch
+        self._fingerprint = ledger.attributes["fingerprint"]
+        self.repaired: list[Damage] = []
+        self.approximate: list[tuple[Damage, str]] = []
+        self.impossible: list[tuple[Damage, str]] = []
+
+    def restore_metadata(self) -> None:
+        """Write again what of the metadata is not as it was."""
+        self.repaired += self._ledger.damaged_metadata()
+        keys = {damage.key for damage in self.repaired}
+        if "zarr.json" in keys:
+            attributes = {store.KEY: {**self._ledger.attributes, "complete": True}}
+            objects.write_object(self._address, "zarr.json", objects.group_document(attributes))
+        with template(self._ledger.attributes) as expected:
+            for key in keys - {"zarr.json"}:
+                objects.write_object(self._address, key, (expected / key).read_bytes())
+
+    def mend_blocks(self, source: Any, progress: bool) -> None:
+        """Find the damaged blocks and make them again."""
+        found, names = [], output_names(self._plan)
+        with Progress(progress, len(self._plan.grid)) as shown:
+            shown.stage("look for damage", len(self._plan.grid))
+            for block in range(len(self._plan.grid)):
+                for name in names:
+                    damage = self._ledger.damaged_block(name, block)[1]
+                    found += [damage] if damage is not None else []
+                shown.advance(1)
+        if not found:
+            return
+        try:
+            opened = source_of(self._ledger.attributes["source"], self._plan.volume.shape, source)
+        except (CddError, OSError) as error:
+            self.impossible += [(damage, f"the source is gone ({error})") for damage in found]
+            return
+        wanted = self._ledger.attributes["identity"]["source"]
+        try:
+            check_same({"source": wanted}, {"source": source_identity(opened)}, self._address)
+        except CddError as error:
+            self._approximate(opened, found, str(error))
+            return
+        self._recompute(opened, found, progress)
+
+    def _recompute(self, source: Source, found: list[Damage], progress: bool) -> None:
+        """Compute damaged blocks from the source, in a store of their own, and copy them."""
+        plan = self._plan_here()
+        wanted: dict[int, set[int]] = defaultdict(set)
+        for damage in found:
+            wanted[self._ledger.writers[damage.output]].add(damage.block)
+        needed = cone(plan, wanted)
+        statistics = Totals.of(self._ledger.marks[:1]).statistics
+        nature: Nature | None = nature_of(plan, statistics.get("source"))
+        if not self._knows_source():
+            needed[0], nature = set(range(plan.passes[0].tasks)), None
+        resources, total = plan.resources, sum(map(len, needed))
+        limits = limited_threads(resources.engine, resources.device, resources.threads)
+        with self._folder() as folder, limits, Progress(progress, total) as shown:
+            address = str(folder / "again.zarr")
+            identity = self._ledger.attributes["identity"]
+            run = prepare_store(plan, source, address, identity)
+            carry_out(plan, source, address, run, SerialExecutor(), shown, needed, Totals(), nature)
+            for damage in found:
+                self._copy(address, damage)
+
+    def _knows_source(self) -> bool:
+        """Whether the first pass has all its marks, and so tells the source's sign and blanks."""
+        return len(self._ledger.marks[0]) == self._plan.passes[0].tasks
+
+    def _copy(self, again: str, damage: Damage) -> None:
+        """Put a block that was computed again in the place of a damaged one."""
+        path, core = store.image_path(damage.output), self._plan.grid.core(damage.block)
+        number = self._ledger.writers[damage.output]
+        values = store.read_block(again, path, core)
+        expected = self._ledger.checksum(damage.output, damage.block)
+        if expected is not None and store.checksum(values) != expected:
+            why = "computed again it is not what its run wrote: other versions, or another machine"
+            self.impossible.append((damage, why))
+            return
+        store.write_block(self._address, path, core, values)
+        if expected is None:
+            marks = read_marks(again, self._fingerprint, number)
+            self._ledger.marks[number][damage.block] = marks[damage.block]
+        self.repaired.append(damage)
+
+    def _plan_here(self) -> Plan:
+        """The plan on this machine, one block at a time."""
+        stored = self._plan.resources
+        resources = replace(
+            stored, executor="serial", workers=1, tasks_per_budget=1, memory=self._budget
+        )
+        plan = Plan.of_dict(self._ledger.attributes["plan"], resources)
+        if plan.peak_memory > self._budget:
+            raise BudgetError(
+                f"blocks of {plan.block} need {format_bytes(plan.peak_memory)}, but memory allows "
+                f"{format_bytes(self._budget)}: raise memory"
+            )
+        return plan
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """A folder beside the store, or where scratch data go."""
+        place = self._scratch
+        if place is None:
+            place = tempfile.gettempdir() if "://" in self._address else Path(self._address).parent
+        folder = Path(tempfile.mkdtemp(prefix="cdd-dask-repair-", dir=place))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+    def _approximate(self, source: Source, found: list[Damage], why: str) -> None:
+        """Make blocks of the field and their other outputs."""
+        by_block: dict[int, list[Damage]] = defaultdict(list)
+        for damage in found:
+            by_block[damage.block].append(damage)
+        for block, damages in by_block.items():
+            core = self._plan.grid.core(block)
+            if len(damages) > 1:
+                reason = "the source is not the one decomposed, and more than one output is lost"
+                self.impossible += [(damage, reason) for damage in damages]
+                continue
+            if not self._fits(source, set(by_block)):
+                reason = f"the source is another one: {why}"
+                self.impossible += [(damage, reason) for damage in damages]
+                continue
+            (damage,) = damages
+            field = read_field(source, core, self._plan.parameters)
+            rest = self._sum(block, leave_out=damage.output)
+            values = (field.astype(np.float64) - rest).astype(field.dtype)
+            path = store.image_path(damage.output)
+            store.write_block(self._address, path, core, values)
+            self._mark_approximate(damage, values)
+            self.approximate.append((damage, why))
+
+    def _fits(self, source: Source, damaged: Collection[int]) -> bool:
+        """Whether the source is the sum of the outputs in blocks that are not damaged."""
+        whole = [block for block in range(len(self._plan.grid)) if block not in damaged]
+        for block in whole[:8]:
+            field = read_field(source, self._plan.grid.core(block), self._plan.parameters)
+            off = np.nan_to_num(np.abs(self._sum(block) - field), nan=0.0)
+            largest = np.nan_to_num(np.abs(field)).max()
+            if off.max() > TOLERANCE * np.spacing(np.array(largest, field.dtype)):
+                return False
+        return True
+
+    def _sum(self, block: int, leave_out: str = "") -> NDArray[np.float64]:
+        """The sum of a block's outputs, in float64."""
+        core = self._plan.grid.core(block)
+        total = np.zeros([s.stop - s.start for s in core])
+        for name in output_names(self._plan):
+            if name != leave_out:
+                total += store.read_block(self._address, store.image_path(name), core)
+        return total
+
+    def _mark_approximate(self, damage: Damage, values: NDArray[Any]) -> None:
+        number = self._ledger.writers[damage.output]
+        mark = self._ledger.marks[number].get(damage.block)
+        if mark is not None:
+            path = store.image_path(damage.output)
+            checksums = {**mark.checksums, path: store.checksum(values)}
+            self._ledger.marks[number][damage.block] = replace(mark, checksums=checksums)
+        root = store.open_root(self._address, "r+")
+        held: Any = root[damage.output].attrs[store.KEY]
+        blocks = sorted({*held.get("approximate_blocks", []), damage.block})
+        root[damage.output].attrs[store.KEY] = {**held, "approximate_blocks": blocks}
+
+    def finish(self) -> None:
+        """Write marks and attributes that follow from what was mended."""
+        if not self.repaired and not self.approximate:
+            return
+        for number, marks in enumerate(self._ledger.marks):
+            if marks:
+                gather_marks(self._address, self._fingerprint, number, marks.values())
+        if all(map(self._ledger.has_all_marks, output_names(self._plan))) and self._knows_source():
+            known, outcome = self._ledger.outcome()
+            store.finish_store(self._address, self._ledger.attributes["run"], known, outcome)
+        keep_copy(self._address)
+
+
+def cone(plan: Plan, wanted: dict[int, set[int]]) -> list[set[int]]:
+    """The blocks of every pass that the `wanted` ones depend on, by number of the pass.
+
+    With halos these are neighbours, further away with every pass; what runs on cells depends on all
+    that comes before in its channel.
+    """
+    passes, grid = plan.passes, plan.grid
+    stages = {stage.number: stage for stage in plan.stages}
+    needed: dict[str, set[int] | None] = {}  # None: all of it
+    blocks: list[set[int]] = [set() for _ in passes]
+
+    def need(name: str, some: set[int] | None) -> None:
+        before = needed.get(name, set())
+        needed[name] = None if some is None or before is None else before | some
+
+    for number in reversed(range(len(passes))):
+        one = passes[number]
+        reads, writes = uses(plan, one)
+        own: set[int] | None = set(wanted.get(number, ()))
+        for name in writes & needed.keys():
+            some = needed[name]
+            own = None if own is None or some is None else own | some
+        blocks[number] = set(range(one.tasks)) if own is None else own
+        if not blocks[number]:
+            continue
+        around: set[int] | None = None
+        if one.kind == "diffuse":
+            stage = stages[one.stages[0]]
+            around = set()
+            for block in blocks[number]:
+                halo = with_halo(
+                    grid.core(block), grid.shape, stage.blank_depth, plan.parameters.boundary
+                )
+                around |= touched_blocks(grid, halo.outer)
+        for name in reads:
+            on_voxels = name.startswith("field")
+            if one.kind == "diffuse":
+                need(name, around)
+            else:
+                need(name, blocks[number] if on_voxels and _by_voxels(one.kind) else None)
+    return blocks
+
+
+def _by_voxels(kind: str) -> bool:
+    return kind in ("gather", "scatter", "relax")
+
+
+def touched_blocks(grid: Grid, region: Region) -> set[int]:
+    """Numbers of the blocks that a region touches, which may run beyond the volume.
+
+    Examples
+    --------
+    >>> sorted(touched_blocks(Grid((10, 4), (4, 4)), (slice(-1, 5), slice(0, 4))))
+    [0, 1, 2]
+    """
+    along = [
+        sorted({source.start // b for _, source in pieces(s.start, s.stop, n, b)})
+        for s, n, b in zip(region, grid.shape, grid.block, strict=True)
+    ]
+    mesh = np.meshgrid(*along, indexing="ij")
+    numbers = np.ravel_multi_index([axis.ravel() for axis in mesh], grid.counts)
+    return set(map(int, numbers))
