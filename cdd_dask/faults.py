@@ -7,19 +7,13 @@ a code, a name), through their causes, so that none of them need be installed.
 from __future__ import annotations
 
 import errno
-import functools
-import logging
 import random
 import re
-import time
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from cdd_dask.errors import InputError, StoreError
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 CALL_TRIES = 6
 """How often a call to storage is tried that fails for a passing reason."""
@@ -76,8 +70,6 @@ STATUS_IN_TEXT = re.compile(r"\bstatus\b[^\d]{0,20}\b([1-5]\d\d)\b", re.IGNORECA
 PASSING_TEXT = re.compile(
     "timed out|connection (reset|closed|refused)|error sending request|slow ?down", re.IGNORECASE
 )
-
-log = logging.getLogger(__name__)
 
 
 class Fault(StrEnum):
@@ -158,35 +150,9 @@ def wait_before(tries: int, draw: Callable[[], float] = random.random) -> float:
     return draw() * min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (tries - 1))
 
 
-def retried(
-    function: Callable[P, R],
-    *,
-    sleep: Callable[[float], None] = time.sleep,
-    draw: Callable[[], float] = random.random,
-) -> Callable[P, R]:
-    """`function`, tried again where it fails for a passing reason; it must be fit to run twice.
-
-    The last error is raised as it is.
-    """
-
-    @functools.wraps(function)
-    def tried(*args: P.args, **kwargs: P.kwargs) -> R:
-        tries = 1
-        while True:
-            try:
-                return function(*args, **kwargs)
-            except Exception as error:
-                fault = fault_of(error)
-                allowed = {Fault.PASSING: CALL_TRIES, Fault.EXPIRED: EXPIRED_TRIES}.get(fault, 1)
-                if tries >= allowed:
-                    raise
-                seconds = wait_before(tries, draw)
-                name = getattr(function, "__name__", "a call")
-                log.warning("%s: %s; trying again in %.1f s", name, error, seconds)
-            sleep(seconds)
-            tries += 1
-
-    return tried
+def tries_of(error: BaseException) -> int:
+    """How often a call to storage may be made that failed with `error`."""
+    return {Fault.PASSING: CALL_TRIES, Fault.EXPIRED: EXPIRED_TRIES}.get(fault_of(error), 1)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -27,13 +27,17 @@ def new_memory_store() -> tuple[str, MemoryStore]:
     return address, store
 
 
-def store_of(address: str) -> Store:
+def store_of(address: str, read_only: bool = False) -> Store:
     """What holds the objects at `address`: a path, a URL, or a store in this process's memory."""
     from zarr.storage import FsspecStore, LocalStore
 
+    from cdd_dask.retrying import RetryingStore
+
     if address.startswith(IN_MEMORY):
         return _memory_stores[address]
-    return FsspecStore.from_url(address) if "://" in address else LocalStore(address)
+    if "://" in address:
+        return RetryingStore(FsspecStore.from_url(address, read_only=read_only))
+    return RetryingStore(LocalStore(address, read_only=read_only))
 
 
 def read_object(address: str, key: str) -> bytes | None:
@@ -41,7 +45,11 @@ def read_object(address: str, key: str) -> bytes | None:
     from zarr.core.buffer import default_buffer_prototype
     from zarr.core.sync import sync
 
-    found = sync(store_of(address).get(key, default_buffer_prototype()))
+    try:
+        # a store that may be written makes its folder when it is opened
+        found = sync(store_of(address, read_only=True).get(key, default_buffer_prototype()))
+    except FileNotFoundError:  # nor is there a folder
+        return None
     return None if found is None else found.to_bytes()
 
 

@@ -1,0 +1,100 @@
+"""A store whose calls are tried again where they fail for a reason that passes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from zarr.storage import WrapperStore
+
+from cdd_dask.faults import tries_of, wait_before
+
+if TYPE_CHECKING:
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+R = TypeVar("R")
+
+log = logging.getLogger(__name__)
+
+
+class RetryingStore(WrapperStore["Store"]):
+    """Any Zarr store, each of whose calls may be made again: they all are fit to run twice."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        return await tried(lambda: self._store.get(key, prototype, byte_range))
+
+    async def get_partial_values(
+        self,
+        prototype: BufferPrototype,
+        key_ranges: Iterable[tuple[str, ByteRequest | None]],
+    ) -> list[Buffer | None]:
+        ranges = list(key_ranges)
+        return await tried(lambda: self._store.get_partial_values(prototype, ranges))
+
+    async def exists(self, key: str) -> bool:
+        return await tried(lambda: self._store.exists(key))
+
+    async def is_empty(self, prefix: str) -> bool:
+        return await tried(lambda: self._store.is_empty(prefix))
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await tried(lambda: self._store.set(key, value))
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        await tried(lambda: self._store.set_if_not_exists(key, value))
+
+    async def delete(self, key: str) -> None:
+        await tried(lambda: self._store.delete(key))
+
+    async def delete_dir(self, prefix: str) -> None:
+        await tried(lambda: self._store.delete_dir(prefix))
+
+    async def list(self) -> AsyncIterator[str]:
+        for key in await tried(lambda: _all(self._store.list())):
+            yield key
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        for key in await tried(lambda: _all(self._store.list_prefix(prefix))):
+            yield key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        for key in await tried(lambda: _all(self._store.list_dir(prefix))):
+            yield key
+
+    async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
+        await asyncio.gather(*(self.set(key, value) for key, value in values))
+
+    async def _get_many(
+        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
+    ) -> Any:
+        for key, prototype, byte_range in requests:
+            yield key, await self.get(key, prototype, byte_range)
+
+
+async def tried(
+    call: Callable[[], Awaitable[R]],
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    draw: Callable[[], float] = random.random,
+) -> R:
+    """What `call` gives, made again where it fails for a passing reason."""
+    tries = 1
+    while True:
+        try:
+            return await call()
+        except Exception as error:
+            if tries >= tries_of(error):
+                raise
+            seconds = wait_before(tries, draw)
+            log.warning("storage: %s; trying again in %.1f s", error, seconds)
+        await sleep(seconds)
+        tries += 1
+
+
+async def _all(names: AsyncIterator[str]) -> list[str]:
+    return [name async for name in names]
