@@ -36,6 +36,7 @@ LAYERS = (
         "identity",
         "resuming",
         "run",
+        "facts",
         "preflight",
     ),
     ("api", "checkup", "compat", "config", "exporting", "sampling", "soundness", "verification", "mending"),
