@@ -19,7 +19,7 @@ from cdd_dask.executors import IN_PROCESS, start_executor
 from cdd_dask.identity import check_same, identity_of, source_identity
 from cdd_dask.lease import Lease
 from cdd_dask.objects import IN_MEMORY, new_memory_store
-from cdd_dask.output import check_output, check_scratch, check_vacant, output_address
+from cdd_dask.output import check_apart, check_output, check_scratch, check_vacant, output_address
 from cdd_dask.parameters import MAX_NDIM, Parameters, check_count
 from cdd_dask.planner import make_plan
 from cdd_dask.plans import Plan, Resources, Volume
@@ -210,7 +210,9 @@ def decompose(
         address, _kept = new_memory_store()
         made = make_plan(*request)
     else:
-        address, identity = output_address(out), source_identity(opened)
+        address = output_address(out)
+        check_apart(address, opened)
+        identity = source_identity(opened)
         begun = None if overwrite else find_begun(address)
         if begun is not None:
             made = begun.plan(*request, identity, scratch)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 
 from cdd_dask import objects
-from cdd_dask.errors import LeaseError
+from cdd_dask.errors import LeaseError, OutputAccessError
 
 GROUP = "lease"
 """Name of the group whose attributes name the holder."""
@@ -103,7 +103,13 @@ class Lease:
 
     def __enter__(self) -> Lease:
         if not self._address.startswith(objects.IN_MEMORY):
-            self._take()
+            try:
+                self._take()
+            except OSError as error:
+                if isinstance(error, LeaseError):
+                    raise
+                where = f"out={self._address}"
+                raise OutputAccessError(f"{where} cannot be written: {error}") from error
             self._thread.start()
         return self
 

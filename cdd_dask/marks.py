@@ -6,9 +6,11 @@ the task wrote to every array, and the statistics of it, so that neither is lost
 
     done/pass_0003/block_00000012/zarr.json    while the pass goes on, one object a task
     done/pass_0003/zarr.json                   all of them, when it is over
+    done/pass_0003/copy/zarr.json              and once more
+    done/zarr.json                             a copy of what the root and the outputs say
 
-Both are attributes of groups, so that the store remains a Zarr hierarchy. The group above has a
-copy of the root's attributes.
+All are attributes of groups, so that the store remains a Zarr hierarchy. Each mark has a seal, and
+so have the attributes of a finished store: what was edited shows, and what is sound is used.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cdd_dask import objects
+from cdd_dask.seals import is_sealed, seal_of
 from cdd_dask.statistics import Statistics
 
 FOLDER = "done"
@@ -72,9 +75,24 @@ def block_path(number: int, block: int) -> str:
     return f"{pass_path(number)}/block_{block:08d}"
 
 
-def keep_copy(address: str) -> None:
-    """Keep a copy of the root's attributes beside the marks, to repair those."""
-    objects.write_group(address, FOLDER, objects.read_attributes(address, "") or {})
+def copy_path(number: int) -> str:
+    """Where the marks of a pass that is over lie once more."""
+    return f"{pass_path(number)}/copy"
+
+
+def keep_copy(address: str, attributes: dict[str, dict[str, Any]]) -> None:
+    """Keep a copy of attributes beside the marks, to repair those.
+
+    They are given by the group's name, those of the root by ``""``.
+    """
+    objects.write_group(address, FOLDER, {KEY: attributes})
+
+
+def read_copy(address: str) -> dict[str, dict[str, Any]]:
+    """Copies of the attributes of a finished store that are as they were, by the group's name."""
+    held = (objects.read_attributes(address, FOLDER) or {}).get(KEY)
+    held = held if isinstance(held, dict) else {}
+    return {name: attributes for name, attributes in held.items() if is_sealed(attributes)}
 
 
 def start_marks(address: str, number: int) -> None:
@@ -85,43 +103,55 @@ def start_marks(address: str, number: int) -> None:
 
 def write_mark(address: str, fingerprint: str, number: int, mark: Mark) -> None:
     """Mark a block of a pass as done."""
-    value = {"fingerprint": fingerprint, "marks": [mark.as_list()]}
-    objects.write_group(address, block_path(number, mark.block), {KEY: value})
+    _write(address, fingerprint, number, block_path(number, mark.block), [mark])
 
 
 def read_marks(address: str, fingerprint: str, number: int) -> dict[int, Mark]:
     """The marks of a pass, by block; those of another fingerprint, or damaged, are none."""
-    found = {mark.block: mark for mark in _marks_at(address, fingerprint, pass_path(number))}
+    found: dict[int, Mark] = {}
+    for path in (copy_path(number), pass_path(number)):
+        found |= marks_at(address, fingerprint, number, path)
     for name in objects.names_in(address, pass_path(number)):
         if name.startswith("block_"):
             path = f"{pass_path(number)}/{name}"
-            marks = _marks_at(address, fingerprint, path)
-            found |= {m.block: m for m in marks if path == block_path(number, m.block)}
+            marks = marks_at(address, fingerprint, number, path)
+            found |= {m.block: m for m in marks.values() if path == block_path(number, m.block)}
     return found
 
 
-def _marks_at(address: str, fingerprint: str, path: str) -> list[Mark]:
-    attributes = objects.read_attributes(address, path) or {}
-    held = attributes.get(KEY)
+def marks_at(address: str, fingerprint: str, number: int, path: str) -> dict[int, Mark]:
+    """The marks of a pass that one object holds, by block."""
+    held = (objects.read_attributes(address, path) or {}).get(KEY)
     if not isinstance(held, dict) or held.get("fingerprint") != fingerprint:
-        return []
-    marks = []
+        return {}
+    marks = {}
     for values in held["marks"] if isinstance(held.get("marks"), list) else []:
         try:
-            marks.append(Mark.of_list(values))
-        except ValueError:
+            *plain, seal = values
+            if seal == seal_of([fingerprint, number, *plain]):
+                mark = Mark.of_list(plain)
+                marks[mark.block] = mark
+        except (TypeError, ValueError):
             continue
     return marks
 
 
 def gather_marks(address: str, fingerprint: str, number: int, marks: Iterable[Mark]) -> None:
-    """Write all marks of a pass as one, and remove those of its blocks."""
-    held = [mark.as_list() for mark in sorted(marks, key=lambda mark: mark.block)]
-    value = {"fingerprint": fingerprint, "marks": held}
-    objects.write_group(address, pass_path(number), {KEY: value})
+    """Write all marks of a pass as one, twice, and remove those of its blocks."""
+    held = sorted(marks, key=lambda mark: mark.block)
+    for path in (pass_path(number), copy_path(number)):
+        _write(address, fingerprint, number, path, held)
     for name in objects.names_in(address, pass_path(number)):
         if name.startswith("block_"):
             objects.remove_objects(address, f"{pass_path(number)}/{name}")
+
+
+def _write(
+    address: str, fingerprint: str, number: int, path: str, marks: Iterable[Mark]
+) -> None:
+    plain = [mark.as_list() for mark in marks]
+    held = [[*values, seal_of([fingerprint, number, *values])] for values in plain]
+    objects.write_group(address, path, {KEY: {"fingerprint": fingerprint, "marks": held}})
 
 
 def drop_marks(address: str, fingerprint: str, number: int, blocks: Collection[int]) -> None:

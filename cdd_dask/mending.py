@@ -20,7 +20,7 @@ from cdd_dask.errors import BudgetError, CddError
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.identity import check_same, source_identity
 from cdd_dask.lease import Lease
-from cdd_dask.marks import gather_marks, keep_copy, read_marks
+from cdd_dask.marks import gather_marks, read_marks
 from cdd_dask.memory import available_memory, byte_count, format_bytes
 from cdd_dask.output import output_address
 from cdd_dask.plans import Plan
@@ -123,11 +123,12 @@ class _Mender:
         """Write again what of the metadata is not as it was."""
         self.repaired += self._ledger.damaged_metadata()
         keys = {damage.key for damage in self.repaired}
-        if "zarr.json" in keys:
-            attributes = {store.KEY: {**self._ledger.attributes, "complete": True}}
-            objects.write_object(self._address, "zarr.json", objects.group_document(attributes))
-        with template(self._ledger.attributes) as expected:
-            for key in keys - {"zarr.json"}:
+        attributes = self._ledger.attributes
+        document = objects.group_document({store.KEY: attributes})
+        for key in keys & self._ledger.problems.keys():
+            objects.write_object(self._address, key, document)
+        with template(attributes) as expected:
+            for key in keys - self._ledger.problems.keys():
                 objects.write_object(self._address, key, (expected / key).read_bytes())
 
     def mend_blocks(self, source: Any, progress: bool) -> None:
@@ -288,7 +289,6 @@ class _Mender:
         if all(map(self._ledger.has_all_marks, output_names(self._plan))) and self._knows_source():
             known, outcome = self._ledger.outcome()
             store.finish_store(self._address, self._ledger.attributes["run"], known, outcome)
-        keep_copy(self._address)
 
 
 def cone(plan: Plan, wanted: dict[int, set[int]]) -> list[set[int]]:

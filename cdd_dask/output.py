@@ -38,7 +38,7 @@ def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> N
     address
         From `output_address`.
     source
-        What is decomposed: the output must not be, lie in or contain it.
+        What is decomposed.
     plan
         States the disk space needed.
     overwrite
@@ -47,7 +47,7 @@ def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> N
     Raises
     ------
     InputError
-        If output and source overlap.
+        If replacing it would take away what the source reads.
     OutputExistsError
         If something is there that stays.
     OutputAccessError
@@ -59,8 +59,6 @@ def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> N
         _check_remote(address, overwrite)
         return
     path = Path(address)
-    if source.path is not None:
-        _check_apart(path, source.path)
     try:
         reclaimed = check_vacant(path, overwrite)
         if reclaimed and source.lazy:
@@ -120,17 +118,26 @@ def check_scratch(scratch: str | Path, out: str, plan: Plan) -> str:
     return str(path)
 
 
-def _check_apart(out: Path, source: Path) -> None:
+def check_apart(address: str, source: Source) -> None:
+    """Refuse an output that is, lies in or contains what is decomposed.
+
+    Raises
+    ------
+    InputError
+        If they overlap.
+    """
+    if "://" in address or source.path is None:
+        return
     try:
-        out, source = out.resolve(), source.resolve()
+        out, source_path = Path(address).resolve(), source.path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
-        raise OutputAccessError(f"out={out} cannot be used: {error}") from error
-    if out == source:
+        raise OutputAccessError(f"out={address} cannot be used: {error}") from error
+    if out == source_path:
         raise InputError(f"out={out} is the source: name another output")
-    if source in out.parents:
-        raise InputError(f"out={out} lies in the source {source}: name another output")
-    if out in source.parents:
-        raise InputError(f"out={out} contains the source {source}: name another output")
+    if source_path in out.parents:
+        raise InputError(f"out={out} lies in the source {source_path}: name another output")
+    if out in source_path.parents:
+        raise InputError(f"out={out} contains the source {source_path}: name another output")
 
 
 def check_vacant(path: Path, overwrite: bool) -> int:

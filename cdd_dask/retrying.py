@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from zarr.abc.store import Store
 from zarr.storage import WrapperStore
 
 from cdd_dask.faults import tries_of, wait_before
@@ -21,7 +22,7 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 
-class RetryingStore(WrapperStore["Store"]):
+class RetryingStore(WrapperStore[Store]):
     """Any Zarr store, each of whose calls may be made again: they all are fit to run twice."""
 
     async def get(

@@ -16,7 +16,7 @@ from cdd_dask.errors import CddError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.identity import fingerprint_of
-from cdd_dask.marks import Mark, gather_marks, keep_copy, read_marks, remove_marks, start_marks
+from cdd_dask.marks import Mark, gather_marks, read_marks, remove_marks, start_marks
 from cdd_dask.plans import Pass, Plan, Stage
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, locate_bad_value
@@ -55,7 +55,6 @@ def prepare_store(
     if scratch:
         store.create_scratch(attributes["scratch"], run)
     store.create_store(address, plan.grid, plan.edges, _axes(plan, source), attributes)
-    keep_copy(address)
     return run
 
 
@@ -67,8 +66,8 @@ def go_on_with_store(plan: Plan, source: Source, address: str) -> str:
     scratch = attributes["scratch"]
     if scratch:
         store.take_scratch(scratch, run)
-    root.attrs[store.KEY] = {**attributes, "run": run, **_how_it_runs(plan, source)}
-    keep_copy(address)
+    attributes = {**attributes, "run": run, **_how_it_runs(plan, source)}
+    store.write_attributes(address, root, attributes)
     return run
 
 
@@ -143,7 +142,6 @@ def execute(
                 remove_marks(address, number)
         scratch = store.scratch_of(address, run)
         store.finish_store(address, run, known, outcome)
-        keep_copy(address)
         if scratch:
             store.remove_scratch(scratch, run)
     except (OSError, StoreError) as error:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from cdd_dask import objects, store
 from cdd_dask.blocks import Grid
 from cdd_dask.errors import StoreError
-from cdd_dask.identity import fingerprint_of, identity_of
 from cdd_dask.marks import FOLDER, Mark, read_marks
 from cdd_dask.plans import Plan
 from cdd_dask.run import Totals, outcome_of
@@ -51,8 +50,8 @@ class Ledger:
     address: str
     attributes: dict[str, Any]
     """Of the root, from the copy beside the marks where the root's were edited."""
-    edited: str
-    """What is wrong with the root's, in words; nothing where nothing is."""
+    problems: dict[str, str]
+    """What is wrong with the root's and with their copy, in words, by the object's key."""
 
     @classmethod
     def of(cls, address: str) -> Ledger:
@@ -65,15 +64,16 @@ class Ledger:
         """
         root: Any = (objects.read_attributes(address, "") or {}).get(store.KEY)
         copy: Any = (objects.read_attributes(address, FOLDER) or {}).get(store.KEY)
-        problem = _contradiction(root)
-        if not problem:
-            return cls(address, root, "")
-        if _contradiction(copy):
+        problems = {"zarr.json": _problem(root), f"{FOLDER}/zarr.json": _problem(copy)}
+        attributes = copy if problems["zarr.json"] else root
+        if all(problems.values()):
             raise StoreError(
-                f"{address} cannot be relied on: {problem}, nor can their copy in "
-                f"{FOLDER}: decompose again"
+                f"{address} cannot be relied on: its attributes {problems['zarr.json']}, and so is "
+                f"their copy in {FOLDER}: decompose again"
             )
-        return cls(address, copy, problem)
+        if not problems[f"{FOLDER}/zarr.json"] and copy["complete"] != attributes["complete"]:
+            problems[f"{FOLDER}/zarr.json"] = "are not those of the root"
+        return cls(address, attributes, problems)
 
     @cached_property
     def plan(self) -> Plan:
@@ -125,12 +125,13 @@ class Ledger:
 
     def damaged_metadata(self) -> Iterator[Damage]:
         """What of groups, arrays and coordinates is not as the plan has it."""
-        if self.edited:
-            yield Damage(f"the root's attributes: {self.edited}", key="zarr.json")
+        for key, problem in self.problems.items():
+            if problem:
+                yield Damage(f"attributes in {key} {problem}", key=key)
         with template(self.attributes) as expected:
             for path in sorted(file for file in expected.rglob("*") if file.is_file()):
                 key = path.relative_to(expected).as_posix()
-                if key == "zarr.json":
+                if key in self.problems:
                     continue  # looked at above
                 found = objects.read_object(self.address, key)
                 if problem := _difference(path.read_bytes(), found):
@@ -161,24 +162,11 @@ def output_names(plan: Plan) -> list[str]:
     return [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
 
 
-def _contradiction(attributes: Any) -> str:
-    """How attributes contradict themselves, in words; nothing if they do not."""
-    try:
-        identity = attributes["identity"]
-        if fingerprint_of(identity) != attributes["fingerprint"]:
-            return "its identity is not that of its fingerprint"
-        plan = Plan.of_dict(attributes["plan"])
-        stated = identity_of(plan, identity["source"])
-        for name, value in identity.items():
-            if stated.get(name) != value:
-                return f"its {name} was edited"
-        if attributes["edges"] != identity["edges"]:
-            return "its edges were edited"
-        if attributes["parameters"] != attributes["plan"]["parameters"]:
-            return "its parameters were edited"
-    except Exception as error:  # whatever was put there
-        return f"it cannot be understood ({type(error).__name__}: {error})"
-    return ""
+def _problem(attributes: Any) -> str:
+    """Why attributes of the root cannot be relied on, in words; nothing if they can."""
+    if not isinstance(attributes, dict) or "seal" not in attributes:
+        return "are not there"
+    return "" if attributes["seal"] == store.seal_of(attributes) else "were edited"
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from cdd_dask import lease
 from cdd_dask.blocks import Grid, Region, pieces, storage_chunks
 from cdd_dask.errors import DamagedError, StoreError
+from cdd_dask.marks import keep_copy
 from cdd_dask.objects import has_object, names_in, remove_objects, store_of
 from cdd_dask.readers.regions import read_region
 
@@ -136,10 +137,15 @@ def create_store(
         it give the type of all fields and the unit of the edges.
     """
     import zarr
+    from zarr.errors import ContainsArrayError, ContainsGroupError
 
-    # only the lease may be there, which Zarr's mode "w-" would take for a store
-    root = zarr.create_group(store_of(address), zarr_format=3, overwrite=False)
-    root.attrs[KEY] = {"format_version": FORMAT_VERSION, **attributes, "complete": False}
+    try:
+        # only the lease may be there, which Zarr's mode "w-" would take for a store
+        root = zarr.create_group(store_of(address), zarr_format=3, overwrite=False)
+    except (ContainsGroupError, ContainsArrayError) as error:
+        raise FileExistsError(f"{address} exists") from error
+    known = {"format_version": FORMAT_VERSION, **attributes, "complete": False}
+    write_attributes(address, root, known)
     lower = [0.0, *edges]
     for k, (low, high) in enumerate(itertools.pairwise(lower)):
         _create_output(root, channel_name(k), (low, high), grid, axes, attributes["parameters"])
@@ -429,7 +435,24 @@ def finish_store(
     root = root_of_run(address, run, "r+")
     for name, known in outputs.items():
         _update(root[name], known)
-    _update(root, {**attributes, "complete": True})
+    held: Any = root.attrs[KEY]
+    write_attributes(address, root, {**held, **attributes, "complete": True})
+
+
+def write_attributes(address: str, root: zarr.Group, attributes: dict[str, Any]) -> None:
+    """Write what the root remembers, sealed, after a copy of it beside the done marks."""
+    sealed = {**attributes, "seal": seal_of(attributes)}
+    keep_copy(address, sealed)
+    root.attrs[KEY] = sealed
+
+
+def seal_of(attributes: dict[str, Any]) -> str:
+    """A checksum of attributes, which tells whether they were edited."""
+    import hashlib
+    import json
+
+    plain = {key: value for key, value in attributes.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _update(group: Any, attributes: dict[str, Any]) -> None:

@@ -93,8 +93,9 @@ def verify(
     ------
     VerificationError
         If something is missing or damaged (`repair` mends it), or the sum is off by more than 4
-        units in the last place of the maximum; or if a channel whose error is exact or bounded differs from its
-        recomputation by more than `rtol` of the field's range. The message names the worst voxel.
+        units in the last place of the maximum; or if a channel whose error is exact or bounded
+        differs from its recomputation by more than `rtol` of the field's range. The message names
+        the worst voxel.
         Coarse kernels and fields of mixed sign are judged by the root mean square difference,
         which may be larger by what is known of these.
     InputError

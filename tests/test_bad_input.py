@@ -177,13 +177,13 @@ def test_files_of_no_use(tmp_path: Path, name: str):
 
 
 def test_a_source_that_is_damaged_inside(tmp_path: Path):
-    """A chunk that cannot be decoded: the error names the block, and the store is not whole."""
+    """A chunk that cannot be decoded: found before anything is written, where it is looked at."""
     source = zarr.create_array(tmp_path / "in.zarr", data=FIELD, chunks=(6, 10))
     chunk = tmp_path / "in.zarr" / "c" / "2" / "0"
     chunk.write_bytes(chunk.read_bytes()[:10])
-    with pytest.raises(BlockError, match=r"block \d of channel 0, region \[.*\], failed"):
+    with pytest.raises(SourceReadError, match=r"in\.zarr cannot be read"):
         cdd_dask.decompose(source, tmp_path / "out.zarr", **CUT)
-    assert_not_whole(tmp_path / "out.zarr")
+    assert not (tmp_path / "out.zarr").exists()
 
 
 # arguments
@@ -295,7 +295,7 @@ def out(tmp_path: Path) -> Path:
 def test_an_output_that_exists_stays(out: Path):
     """Refused with the remedy, and not a byte of it changes."""
     before = snapshot(out)
-    with pytest.raises(FileExistsError, match=r"out=.*out\.zarr holds .*overwrite=True") as error:
+    with pytest.raises(FileExistsError, match=r"out=.*out\.zarr was .*overwrite=True") as error:
         cdd_dask.decompose(FIELD * 2, out, **FAST)
     assert isinstance(error.value, OutputExistsError)
     assert snapshot(out) == before
@@ -310,6 +310,7 @@ def test_overwriting_replaces_all_of_it(out: Path):
     assert sorted(path.name for path in out.iterdir()) == [
         "channel_00",
         "channel_01",
+        "done",
         "residual",
         "zarr.json",
     ]
@@ -322,8 +323,6 @@ def test_overwriting_an_unfinished_store(tmp_path: Path, monkeypatch: pytest.Mon
         cdd_dask.decompose(FIELD, tmp_path / "out.zarr", **CUT)
     monkeypatch.undo()
     assert_not_whole(tmp_path / "out.zarr")
-    with pytest.raises(OutputExistsError):
-        cdd_dask.decompose(FIELD, tmp_path / "out.zarr", **CUT)
     result = cdd_dask.decompose(FIELD, tmp_path / "out.zarr", overwrite=True, **CUT)
     assert np.allclose(result.reconstruct(), FIELD, rtol=1e-6)
 
@@ -354,8 +353,11 @@ def test_what_is_not_ours_is_never_deleted(tmp_path: Path, kind: str, overwrite:
         cdd_dask.decompose(FIELD, tmp_path / "elsewhere.zarr", **FAST)
         out.symlink_to(tmp_path / "elsewhere.zarr")
     before = snapshot(tmp_path)
-    with pytest.raises(OutputExistsError, match=r"out=.*out\.zarr exists .*never replaced"):
-        cdd_dask.decompose(FIELD, out, overwrite=overwrite, **FAST)
+    if kind == "link" and not overwrite:  # a run may go on through a link; here nothing is left
+        cdd_dask.decompose(FIELD, out, **FAST)
+    else:
+        with pytest.raises(OutputExistsError, match=r"out=.*out\.zarr exists .*never replaced"):
+            cdd_dask.decompose(FIELD, out, overwrite=overwrite, **FAST)
     assert snapshot(tmp_path) == before
 
 
@@ -541,7 +543,7 @@ def test_opening_what_is_no_decomposition(tmp_path: Path, out: Path):
         cdd_dask.open_decomposition(out)
     root = zarr.open_group(out, mode="r+")
     root.attrs["cdd_dask"] = {**root.attrs["cdd_dask"], "format_version": 99}
-    with pytest.raises(StoreError, match=r"has format version 99, .* reads 1: install"):
+    with pytest.raises(StoreError, match=r"has format version 99, .* reads 2: install"):
         cdd_dask.open_decomposition(out)
 
 

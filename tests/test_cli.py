@@ -136,6 +136,8 @@ def test_exit_status(source: Path, tmp_path: Path):
     out = tmp_path / "out.zarr"
     assert status("decompose", source, out, "--max-scale", 4)[0] == 0
     code, said = status("decompose", source, out, "--max-scale", 4)
+    assert (code, "nothing is left to do" in said) == (0, True)
+    code, said = status("decompose", source, out, "--max-scale", 8)
     assert (code, "overwrite" in said, "Traceback" in said) == (2, True, False)
     code, said = status("decompose", source, out, "--no-such-option")
     assert (code, "--no-such-option" in said) == (2, True)
