@@ -60,7 +60,7 @@ def open_array(array: Any) -> Source:
         is_zarr=False,
         shape=tuple(map(int, array.shape)),
         dtype=np.dtype(array.dtype),
-        read=partial(read_region, array),
+        fetch=partial(read_region, array),
         dimension_names=names,
         chunk=_chunk(array),
         spacing=spacing,
@@ -154,5 +154,5 @@ def open_npy(path: Path) -> Source:
         is_zarr=False,
         shape=mapped.shape,
         dtype=mapped.dtype,
-        read=partial(read_region, mapped),
+        fetch=partial(read_region, mapped),
     )

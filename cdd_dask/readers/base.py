@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdd_dask.blocks import Region
 from cdd_dask.addresses import UNPRINTABLE
-from cdd_dask.errors import InputError, SourceReadError
+from cdd_dask.blocks import Region
+from cdd_dask.errors import CddError, InputError, SourceReadError
 from cdd_dask.memory import available_memory, format_bytes
 from cdd_dask.parameters import MAX_NDIM
 
@@ -46,8 +46,8 @@ class Source:
     """Shape in voxels."""
     dtype: np.dtype[Any]
     """Type as stored, of any byte order."""
-    read: Callable[[Region], NDArray[Any]]
-    """The values of a region, modulo the shape, in the source's dtype."""
+    fetch: Callable[[Region], NDArray[Any]]
+    """How `read` gets the values of a region."""
     dimension_names: tuple[str, ...] | None = None
     """Names of the axes, where the source knows them."""
     chunk: tuple[int, ...] | None = None
@@ -67,6 +67,23 @@ class Source:
         if not self.portable or "://" in self.address:
             return None
         return Path(split_address(self.address)[0])
+
+    def read(self, region: Region) -> NDArray[Any]:
+        """The values of a region, modulo the shape, in the source's dtype.
+
+        Raises
+        ------
+        SourceReadError
+            If they cannot be read, whatever the library says that reads them.
+        """
+        try:
+            return self.fetch(region)
+        except CddError:
+            raise
+        except Exception as error:  # damaged data make a library fail in any way
+            raise SourceReadError(
+                f"{self.description} cannot be read: {type(error).__name__}: {error}"
+            ) from error
 
     def __post_init__(self) -> None:
         if UNPRINTABLE.search(self.description + self.address):

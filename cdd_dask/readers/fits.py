@@ -93,7 +93,7 @@ def open_fits(path: Path, part: str | None = None) -> Source:
         is_zarr=False,
         shape=array.shape,
         dtype=dtype,
-        read=array.read,
+        fetch=array.read,
         chunk=tile and tuple(tile[axis] for axis in kept),
         dimension_names=_axis_names(header, len(shape), kept),
         header=header.tostring(sep="\n"),

@@ -82,7 +82,7 @@ def open_tiff(path: Path, part: str | None = None) -> Source:
         is_zarr=False,
         shape=shape,
         dtype=stored,
-        read=lambda region: read_region(array, region),
+        fetch=lambda region: read_region(array, region),
         dimension_names=names if set(names) <= set("tczyxs") else None,
         chunk=chunk,
         header=header,
