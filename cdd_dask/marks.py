@@ -146,9 +146,7 @@ def gather_marks(address: str, fingerprint: str, number: int, marks: Iterable[Ma
             objects.remove_objects(address, f"{pass_path(number)}/{name}")
 
 
-def _write(
-    address: str, fingerprint: str, number: int, path: str, marks: Iterable[Mark]
-) -> None:
+def _write(address: str, fingerprint: str, number: int, path: str, marks: Iterable[Mark]) -> None:
     plain = [mark.as_list() for mark in marks]
     held = [[*values, seal_of([fingerprint, number, *values])] for values in plain]
     objects.write_group(address, path, {KEY: {"fingerprint": fingerprint, "marks": held}})

@@ -20,17 +20,23 @@ from cdd_dask.errors import BudgetError, CddError
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.identity import check_same, source_identity
 from cdd_dask.lease import Lease
-from cdd_dask.marks import gather_marks, read_marks
+from cdd_dask.marks import Mark, gather_marks, read_marks
 from cdd_dask.memory import available_memory, byte_count, format_bytes
 from cdd_dask.output import output_address
 from cdd_dask.plans import Plan
 from cdd_dask.progress import Progress
 from cdd_dask.readers import Source, read_field
 from cdd_dask.run import Totals, carry_out, prepare_store
-from cdd_dask.soundness import Damage, Ledger, output_names, template
+from cdd_dask.soundness import Damage, Ledger
+from cdd_dask.statistics import Statistics, difference
 from cdd_dask.task import limited_threads
-from cdd_dask.verification import TOLERANCE, check_finished, source_of
-from cdd_dask.working import Nature, nature_of, uses
+from cdd_dask.verification import TOLERANCE, source_of
+from cdd_dask.working import nature_of, uses
+
+CONTENT = ("shape", "dtype", "content")
+"""What of a source's identity decides values: a file that was moved is still the same."""
+BLOCKS_COMPARED = 8
+"""Blocks whose sum shows whether a source is the one that was decomposed."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def repair(
     """
     address = output_address(path)
     budget = available_memory() // 2 if memory is None else byte_count("memory", memory)
-    check_finished(address)
+    Ledger.of(address)  # or there is nothing to repair, nor to hold a lease of
     with Lease(address, break_lease):
         mender = _Mender(Ledger.of(address), budget, scratch)
         mender.restore_metadata()
@@ -120,24 +126,25 @@ class _Mender:
         self.impossible: list[tuple[Damage, str]] = []
 
     def restore_metadata(self) -> None:
-        """Write again what of the metadata is not as it was."""
-        self.repaired += self._ledger.damaged_metadata()
+        """Write again what of the metadata is not as it was; marks follow at the end."""
+        for damage in self._ledger.damaged_metadata():
+            if damage.output:
+                self.impossible.append((damage, "its statistics are lost: decompose again"))
+            else:
+                self.repaired.append(damage)
         keys = {damage.key for damage in self.repaired}
-        attributes = self._ledger.attributes
-        document = objects.group_document({store.KEY: attributes})
-        for key in keys & self._ledger.problems.keys():
-            objects.write_object(self._address, key, document)
-        with template(attributes) as expected:
-            for key in keys - self._ledger.problems.keys():
-                objects.write_object(self._address, key, (expected / key).read_bytes())
+        with self._ledger.template() as expected:
+            for path in filter(Path.is_file, map(expected.joinpath, sorted(keys))):
+                key = path.relative_to(expected).as_posix()
+                objects.write_object(self._address, key, path.read_bytes())
 
     def mend_blocks(self, source: Any, progress: bool) -> None:
         """Find the damaged blocks and make them again."""
-        found, names = [], output_names(self._plan)
+        found = []
         with Progress(progress, len(self._plan.grid)) as shown:
             shown.stage("look for damage", len(self._plan.grid))
             for block in range(len(self._plan.grid)):
-                for name in names:
+                for name in self._ledger.names:
                     damage = self._ledger.damaged_block(name, block)[1]
                     found += [damage] if damage is not None else []
                 shown.advance(1)
@@ -148,54 +155,52 @@ class _Mender:
         except (CddError, OSError) as error:
             self.impossible += [(damage, f"the source is gone ({error})") for damage in found]
             return
-        wanted = self._ledger.attributes["identity"]["source"]
+        wanted, given = (
+            {"source": {name: one[name] for name in CONTENT}}
+            for one in (self._ledger.attributes["identity"]["source"], source_identity(opened))
+        )
         try:
-            check_same({"source": wanted}, {"source": source_identity(opened)}, self._address)
+            check_same(wanted, given, self._address)
         except CddError as error:
-            self._approximate(opened, found, str(error))
+            self._approximate(opened, found, f"the source is another one: {error}")
             return
-        self._recompute(opened, found, progress)
+        differing = self._recompute(opened, found, progress)
+        why = "computed again it is not what its run wrote: other versions, or another machine"
+        self._approximate(opened, differing, why)
 
-    def _recompute(self, source: Source, found: list[Damage], progress: bool) -> None:
-        """Compute damaged blocks from the source, in a store of their own, and copy them."""
-        plan = self._plan_here()
+    def _recompute(self, source: Source, found: list[Damage], progress: bool) -> list[Damage]:
+        """Compute damaged blocks from the source, in a store of their own, and copy them.
+
+        Those that came out otherwise than their run wrote them are given back.
+        """
+        plan, known = self._plan_here(), self._ledger.attributes
         wanted: dict[int, set[int]] = defaultdict(set)
         for damage in found:
             wanted[self._ledger.writers[damage.output]].add(damage.block)
-        needed = cone(plan, wanted)
-        statistics = Totals.of(self._ledger.marks[:1]).statistics
-        nature: Nature | None = nature_of(plan, statistics.get("source"))
-        if not self._knows_source():
-            needed[0], nature = set(range(plan.passes[0].tasks)), None
-        resources, total = plan.resources, sum(map(len, needed))
+        nature = nature_of(plan, Statistics.of_dict(known["source_statistics"]))
+        resources, total = plan.resources, sum(stage.work for stage in plan.stages)
         limits = limited_threads(resources.engine, resources.device, resources.threads)
         with self._folder() as folder, limits, Progress(progress, total) as shown:
-            address = str(folder / "again.zarr")
-            identity = self._ledger.attributes["identity"]
-            run = prepare_store(plan, source, address, identity)
-            carry_out(plan, source, address, run, SerialExecutor(), shown, needed, Totals(), nature)
-            for damage in found:
-                self._copy(address, damage)
+            again, pool = str(folder / "again.zarr"), SerialExecutor()
+            run = prepare_store(plan, source, again, known["identity"])
+            needed = cone(plan, wanted)
+            carry_out(plan, source, again, run, pool, shown, needed, Totals(), nature)
+            return [damage for damage in found if not self._copied(again, damage)]
 
-    def _knows_source(self) -> bool:
-        """Whether the first pass has all its marks, and so tells the source's sign and blanks."""
-        return len(self._ledger.marks[0]) == self._plan.passes[0].tasks
-
-    def _copy(self, again: str, damage: Damage) -> None:
-        """Put a block that was computed again in the place of a damaged one."""
+    def _copied(self, again: str, damage: Damage) -> bool:
+        """Put a block that was computed again in the place of a damaged one, if it is the same."""
         path, core = store.image_path(damage.output), self._plan.grid.core(damage.block)
         number = self._ledger.writers[damage.output]
         values = store.read_block(again, path, core)
         expected = self._ledger.checksum(damage.output, damage.block)
         if expected is not None and store.checksum(values) != expected:
-            why = "computed again it is not what its run wrote: other versions, or another machine"
-            self.impossible.append((damage, why))
-            return
+            return False
         store.write_block(self._address, path, core, values)
         if expected is None:
             marks = read_marks(again, self._fingerprint, number)
             self._ledger.marks[number][damage.block] = marks[damage.block]
         self.repaired.append(damage)
+        return True
 
     def _plan_here(self) -> Plan:
         """The plan on this machine, one block at a time."""
@@ -228,21 +233,19 @@ class _Mender:
         by_block: dict[int, list[Damage]] = defaultdict(list)
         for damage in found:
             by_block[damage.block].append(damage)
+        if by_block and not self._fits(source, by_block):
+            self.impossible += [(damage, why) for damage in found]
+            return
         for block, damages in by_block.items():
-            core = self._plan.grid.core(block)
             if len(damages) > 1:
-                reason = "the source is not the one decomposed, and more than one output is lost"
-                self.impossible += [(damage, reason) for damage in damages]
-                continue
-            if not self._fits(source, set(by_block)):
-                reason = f"the source is another one: {why}"
-                self.impossible += [(damage, reason) for damage in damages]
+                several = f"{why}; and several outputs of the block are damaged"
+                self.impossible += [(damage, several) for damage in damages]
                 continue
             (damage,) = damages
-            field = read_field(source, core, self._plan.parameters)
+            path, core = store.image_path(damage.output), self._plan.grid.core(block)
+            wanted = read_field(source, core, self._plan.parameters)
             rest = self._sum(block, leave_out=damage.output)
-            values = (field.astype(np.float64) - rest).astype(field.dtype)
-            path = store.image_path(damage.output)
+            values = (wanted.astype(np.float64) - rest).astype(wanted.dtype)
             store.write_block(self._address, path, core, values)
             self._mark_approximate(damage, values)
             self.approximate.append((damage, why))
@@ -250,45 +253,42 @@ class _Mender:
     def _fits(self, source: Source, damaged: Collection[int]) -> bool:
         """Whether the source is the sum of the outputs in blocks that are not damaged."""
         whole = [block for block in range(len(self._plan.grid)) if block not in damaged]
-        for block in whole[:8]:
-            field = read_field(source, self._plan.grid.core(block), self._plan.parameters)
-            off = np.nan_to_num(np.abs(self._sum(block) - field), nan=0.0)
-            largest = np.nan_to_num(np.abs(field)).max()
-            if off.max() > TOLERANCE * np.spacing(np.array(largest, field.dtype)):
+        known = Statistics.of_dict(self._ledger.attributes["source_statistics"])
+        dtype = self._plan.parameters.dtype
+        allowed = TOLERANCE * np.spacing(np.array(max(-known.min, known.max), dtype))
+        for block in whole[:: max(1, len(whole) // BLOCKS_COMPARED)]:
+            wanted = read_field(source, self._plan.grid.core(block), self._plan.parameters)
+            if difference(self._sum(block), wanted).max() > allowed:
                 return False
-        return True
+        return bool(whole)
 
     def _sum(self, block: int, leave_out: str = "") -> NDArray[np.float64]:
         """The sum of a block's outputs, in float64."""
         core = self._plan.grid.core(block)
         total = np.zeros([s.stop - s.start for s in core])
-        for name in output_names(self._plan):
+        for name in self._ledger.names:
             if name != leave_out:
                 total += store.read_block(self._address, store.image_path(name), core)
         return total
 
     def _mark_approximate(self, damage: Damage, values: NDArray[Any]) -> None:
-        number = self._ledger.writers[damage.output]
-        mark = self._ledger.marks[number].get(damage.block)
-        if mark is not None:
-            path = store.image_path(damage.output)
-            checksums = {**mark.checksums, path: store.checksum(values)}
-            self._ledger.marks[number][damage.block] = replace(mark, checksums=checksums)
-        root = store.open_root(self._address, "r+")
-        held: Any = root[damage.output].attrs[store.KEY]
-        blocks = sorted({*held.get("approximate_blocks", []), damage.block})
-        root[damage.output].attrs[store.KEY] = {**held, "approximate_blocks": blocks}
+        """Note what the block now is, and in the attributes that it is not what the run wrote."""
+        name, number = damage.output, self._ledger.writers[damage.output]
+        mark = self._ledger.marks[number].get(damage.block, Mark(damage.block))
+        checksums = {**mark.checksums, store.image_path(name): store.checksum(values)}
+        self._ledger.marks[number][damage.block] = replace(mark, checksums=checksums)
+        if held := self._ledger.kept.get(name):
+            blocks = sorted({*held.get("approximate_blocks", []), damage.block})
+            self._ledger.kept[name] = {**held, "approximate_blocks": blocks}
 
     def finish(self) -> None:
         """Write marks and attributes that follow from what was mended."""
-        if not self.repaired and not self.approximate:
-            return
-        for number, marks in enumerate(self._ledger.marks):
-            if marks:
+        if self.repaired or self.approximate:
+            for number, marks in self._ledger.marks.items():
                 gather_marks(self._address, self._fingerprint, number, marks.values())
-        if all(map(self._ledger.has_all_marks, output_names(self._plan))) and self._knows_source():
-            known, outcome = self._ledger.outcome()
-            store.finish_store(self._address, self._ledger.attributes["run"], known, outcome)
+        if self.approximate:
+            root, groups = store.open_root(self._address, "r+"), dict(self._ledger.kept)
+            store.write_attributes(self._address, root, groups.pop(""), groups)
 
 
 def cone(plan: Plan, wanted: dict[int, set[int]]) -> list[set[int]]:

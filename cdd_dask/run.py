@@ -28,7 +28,7 @@ from cdd_dask.working import Nature, geometry, nature_of, outputs, uses
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("cdd-dask", "numpy", "scipy", "zarr", "dask", "distributed")
+PACKAGES = ("cdd-dask", "numpy", "scipy", "numba", "zarr", "dask", "distributed")
 
 
 def prepare_store(
@@ -137,11 +137,12 @@ def execute(
         totals = Totals()
         carry_out(plan, source, address, run, executor, progress, left, totals, check=check)
         known, outcome = outcome_of(plan, totals)
-        for number, one in enumerate(passes):
-            if number and not outputs(plan, one):  # the first one knows the source
-                remove_marks(address, number)
         scratch = store.scratch_of(address, run)
         store.finish_store(address, run, known, outcome)
+        # only now: without them nobody could tell that these passes are done
+        for number, one in enumerate(passes):
+            if not outputs(plan, one):
+                remove_marks(address, number)
         if scratch:
             store.remove_scratch(scratch, run)
     except (OSError, StoreError) as error:
@@ -275,15 +276,6 @@ class Totals:
     """Blocks diffused, counted once for every channel."""
     empty: int = 0
     """Blocks not diffused, having nothing but zeros and blank voxels, counted likewise."""
-
-    @classmethod
-    def of(cls, marks: Iterable[dict[int, Mark]]) -> Totals:
-        """What the marks of passes tell, by block."""
-        totals = cls()
-        for one in marks:
-            for block in sorted(one):
-                totals.add(one[block])
-        return totals
 
     def add(self, result: Mark) -> None:
         for name, statistics in result.statistics.items():

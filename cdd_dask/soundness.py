@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask import objects, store
-from cdd_dask.blocks import Grid
+from cdd_dask.attributes import check_root
+from cdd_dask.decomposition import open_decomposition
 from cdd_dask.errors import StoreError
-from cdd_dask.marks import FOLDER, Mark, read_marks
+from cdd_dask.marks import (
+    FOLDER,
+    Mark,
+    copy_path,
+    keep_copy,
+    marks_at,
+    pass_path,
+    read_copy,
+    read_marks,
+)
 from cdd_dask.plans import Plan
-from cdd_dask.run import Totals, outcome_of
+from cdd_dask.seals import is_sealed, seal_of
 from cdd_dask.working import outputs
 
-DECIDED = ("shape", "data_type", "chunk_grid", "codecs", "fill_value", "dimension_names")
-"""What of an array's metadata decides its values and their meaning."""
+DECIDED = (
+    *("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding"),
+    *("codecs", "fill_value", "dimension_names", "attributes"),
+)
+"""What of the metadata of arrays and groups decides values and their meaning."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +58,15 @@ class Damage:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a store says of itself besides its arrays: attributes, in two copies, and done marks."""
+    """What a finished store says of itself besides its arrays: attributes and done marks.
+
+    Of both there are two copies, with seals: what is sound is used, and the other one is damaged.
+    """
 
     address: str
-    attributes: dict[str, Any]
-    """Of the root, from the copy beside the marks where the root's were edited."""
-    problems: dict[str, str]
-    """What is wrong with the root's and with their copy, in words, by the object's key."""
+    kept: dict[str, dict[str, Any]]
+    """Attributes as the run left them, by the name of the output's group, the root's by ``""``; an
+    output whose attributes and their copy are both damaged has none."""
 
     @classmethod
     def of(cls, address: str) -> Ledger:
@@ -60,20 +75,42 @@ class Ledger:
         Raises
         ------
         StoreError
-            If neither the root's attributes nor their copy can be relied on.
+            If there is no finished store, or neither the root's attributes nor their copy can be
+            relied on, or they are of two runs.
         """
-        root: Any = (objects.read_attributes(address, "") or {}).get(store.KEY)
-        copy: Any = (objects.read_attributes(address, FOLDER) or {}).get(store.KEY)
-        problems = {"zarr.json": _problem(root), f"{FOLDER}/zarr.json": _problem(copy)}
-        attributes = copy if problems["zarr.json"] else root
-        if all(problems.values()):
-            raise StoreError(
-                f"{address} cannot be relied on: its attributes {problems['zarr.json']}, and so is "
-                f"their copy in {FOLDER}: decompose again"
+        problem: StoreError | None = None
+        try:
+            open_decomposition(address)
+        except StoreError as error:
+            problem = error
+        copies = read_copy(address)
+        places = {"zarr.json": _attributes(address, ""), f"{FOLDER}/zarr.json": copies.get("")}
+        sound = {key: held for key, held in places.items() if is_sealed(held)}
+        if not sound:
+            raise problem or StoreError(
+                f"{address} cannot be relied on: the attributes of its root and their copy in "
+                f"{FOLDER} were edited: decompose again with overwrite=True (--overwrite)"
             )
-        if not problems[f"{FOLDER}/zarr.json"] and copy["complete"] != attributes["complete"]:
-            problems[f"{FOLDER}/zarr.json"] = "are not those of the root"
-        return cls(address, attributes, problems)
+        if len({held["fingerprint"] for held in sound.values()}) > 1:
+            raise StoreError(
+                f"{address} cannot be relied on: the attributes of its root and their copy in "
+                f"{FOLDER} are of two runs: delete {' or '.join(sound)}, whichever was put there"
+            )
+        attributes = next(iter(sound.values()))
+        if attributes["complete"] is not True:
+            raise problem or StoreError(f"{address} is not complete")
+        check_root(address, attributes)
+        kept = {"": attributes}
+        for name in output_names(len(attributes["edges"])):
+            found = _attributes(address, name)
+            if name in copies or is_sealed(found):
+                kept[name] = copies.get(name) or found
+        return cls(address, kept)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Of the root."""
+        return self.kept[""]
 
     @cached_property
     def plan(self) -> Plan:
@@ -81,30 +118,36 @@ class Ledger:
         return Plan.of_dict(self.attributes["plan"])
 
     @cached_property
-    def marks(self) -> list[dict[int, Mark]]:
-        """The done marks of passes, by block: of those that write an output, and the first."""
-        fingerprint, passes = self.attributes["fingerprint"], self.plan.passes
-        return [
-            read_marks(self.address, fingerprint, number)
-            if number == 0 or outputs(self.plan, one)
-            else {}
-            for number, one in enumerate(passes)
-        ]
+    def names(self) -> list[str]:
+        """Names of all outputs."""
+        return output_names(len(self.plan.edges))
 
     @cached_property
     def writers(self) -> dict[str, int]:
         """Number of the pass that writes an output, by its name, finest first."""
-        names = output_names(self.plan)
         return {
-            names[k]: number
+            self.names[k]: number
             for number, one in enumerate(self.plan.passes)
             for k in sorted(outputs(self.plan, one))
         }
+
+    @cached_property
+    def marks(self) -> dict[int, dict[int, Mark]]:
+        """The done marks of the passes that write outputs, by the pass's number and by block."""
+        fingerprint = self.attributes["fingerprint"]
+        numbers = sorted({*self.writers.values()})
+        return {number: read_marks(self.address, fingerprint, number) for number in numbers}
 
     def checksum(self, output: str, block: int) -> str | None:
         """What a block of an output was when it was written."""
         mark = self.marks[self.writers[output]].get(block)
         return None if mark is None else mark.checksums.get(store.image_path(output))
+
+    @property
+    def approximate(self) -> dict[str, list[int]]:
+        """Numbers of the blocks that were repaired approximately, by the output's name."""
+        known = {name: held.get("approximate_blocks", []) for name, held in self.kept.items()}
+        return {name: blocks for name, blocks in known.items() if blocks}
 
     def damaged_block(self, output: str, block: int) -> tuple[NDArray[Any] | None, Damage | None]:
         """A block of an output, and what is wrong with it."""
@@ -113,7 +156,7 @@ class Ledger:
         where = f"{output}, block {block}, region [{text}]"
         try:
             values = store.read_block(self.address, path, core)
-        except (StoreError, OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # damaged shards and metadata make Zarr fail in any way
             reason = str(error).removeprefix(f"{self.address}: {path}").lstrip(", ")
             return None, Damage(f"{where}: {reason}", output, block)
         expected = self.checksum(output, block)
@@ -124,85 +167,71 @@ class Ledger:
         return values, None
 
     def damaged_metadata(self) -> Iterator[Damage]:
-        """What of groups, arrays and coordinates is not as the plan has it."""
-        for key, problem in self.problems.items():
-            if problem:
-                yield Damage(f"attributes in {key} {problem}", key=key)
-        with template(self.attributes) as expected:
+        """What of groups, arrays, coordinates and marks is not as the run left it."""
+        with self.template() as expected:
             for path in sorted(file for file in expected.rglob("*") if file.is_file()):
                 key = path.relative_to(expected).as_posix()
-                if key in self.problems:
-                    continue  # looked at above
-                found = objects.read_object(self.address, key)
-                if problem := _difference(path.read_bytes(), found):
+                if problem := self._difference(expected, key):
                     yield Damage(f"{key} {problem}", key=key)
-        if all(map(self.has_all_marks, output_names(self.plan))):
-            yield from self._edited_outcome()
+        for name in self.names:
+            if name not in self.kept:
+                what = f"{name}/zarr.json and its copy in {FOLDER} are both damaged"
+                yield Damage(what, output=name, key=f"{name}/zarr.json")
+        fingerprint = self.attributes["fingerprint"]
+        for number, marks in self.marks.items():
+            for place in (pass_path(number), copy_path(number)):
+                if marks_at(self.address, fingerprint, number, place) != marks or not marks:
+                    key = f"{place}/zarr.json"
+                    yield Damage(f"{key} lacks done marks, or holds damaged ones", key=key)
 
-    def has_all_marks(self, output: str) -> bool:
-        """Whether all blocks of an output have done marks."""
-        return len(self.marks[self.writers[output]]) == len(self.plan.grid)
+    @contextmanager
+    def template(self) -> Iterator[Path]:
+        """A store of the same metadata without its marks and its data, in a temporary folder."""
+        known = self.attributes
+        axes = tuple(store.Axis(*axis) for axis in known["axes"])
+        with tempfile.TemporaryDirectory(prefix="cdd-dask-template-") as folder:
+            expected = Path(folder, "store")
+            store.create_store(str(expected), self.plan.grid, known["edges"], axes, known)
+            for name, attributes in self.kept.items():
+                path = expected / name / "zarr.json"
+                document = json.loads(path.read_text())
+                document["attributes"][store.KEY] = attributes
+                path.write_text(json.dumps(document, indent=2))
+            keep_copy(str(expected), self.kept)
+            yield expected
 
-    def outcome(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """What the attributes of the outputs and of the root must say, by the marks."""
-        return outcome_of(self.plan, Totals.of(self.marks))
-
-    def _edited_outcome(self) -> Iterator[Damage]:
-        known, outcome = self.outcome()
-        for name, wanted in {**known, "": outcome}.items():
-            stated = (objects.read_attributes(self.address, name) or {}).get(store.KEY)
-            for key, value in wanted.items():
-                if not isinstance(stated, dict) or stated.get(key) != value:
-                    what = f"{name or 'the root'}: its attribute {key!r} was edited"
-                    yield Damage(what, key=f"{name}/zarr.json".lstrip("/"))
-
-
-def output_names(plan: Plan) -> list[str]:
-    """Names of all outputs, the residual's last."""
-    return [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
-
-
-def _problem(attributes: Any) -> str:
-    """Why attributes of the root cannot be relied on, in words; nothing if they can."""
-    if not isinstance(attributes, dict) or "seal" not in attributes:
-        return "are not there"
-    return "" if attributes["seal"] == store.seal_of(attributes) else "were edited"
-
-
-@contextmanager
-def template(attributes: dict[str, Any]) -> Iterator[Path]:
-    """An empty store of the same metadata, in a temporary folder."""
-    folder = Path(tempfile.mkdtemp(prefix="cdd-dask-template-"))
-    try:
-        plan, axes = attributes["plan"], [store.Axis(*axis) for axis in attributes["axes"]]
-        grid = Grid(tuple(plan["volume"]["shape"]), tuple(plan["block"]))
-        known = {key: value for key, value in attributes.items() if key != "complete"}
-        store.create_store(str(folder / "store"), grid, attributes["edges"], tuple(axes), known)
-        yield folder / "store"
-    finally:
-        shutil.rmtree(folder)
+    def _difference(self, expected: Path, key: str) -> str:
+        """What an object lacks of what is expected, in words."""
+        wanted, found = (expected / key).read_bytes(), objects.read_object(self.address, key)
+        if found is None:
+            return "is not there"
+        if found == wanted:
+            return ""
+        path, is_chunk, _ = key.partition("/c/")
+        try:
+            if is_chunk:  # of coordinates, which another version may compress otherwise
+                values = store.read_block(self.address, path, ())
+                same = np.array_equal(values, store.read_block(str(expected), path, ()))
+                return "" if same else "is damaged"
+            one, other = json.loads(wanted), json.loads(found)
+            changed = [name for name in DECIDED if _differ(one.get(name), other.get(name))]
+        except Exception:  # whatever was put there
+            return "is damaged"
+        return f"has other {changed[0]}" if changed else ""
 
 
-def _difference(expected: bytes, found: bytes | None) -> str:
-    """What an object lacks of what is expected, in words."""
-    if found is None:
-        return "is not there"
-    if found == expected:
-        return ""
-    try:
-        one, other = json.loads(expected), json.loads(found)
-    except ValueError:
-        return "is damaged"
-    with suppress(KeyError, TypeError, AttributeError):
-        if one["node_type"] != other["node_type"]:
-            return "is of another kind"
-        if one["node_type"] == "array":
-            changed = [key for key in DECIDED if one.get(key) != other.get(key)]
-            return f"has another {changed[0]}" if changed else ""
-        for key, held in one["attributes"].items():
-            now = other["attributes"][key]
-            for name, value in held.items():
-                if now[name] != value:
-                    return f"has another {name}"
-        return ""
-    return "lacks attributes"
+def _attributes(address: str, group: str) -> Any:
+    """What a group of ours remembers, as it is there."""
+    return (objects.read_attributes(address, group) or {}).get(store.KEY)
+
+
+def _differ(wanted: Any, found: Any) -> bool:
+    """Whether values differ; other attributes may stand beside those that are wanted."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        found = {key: value for key, value in found.items() if key in wanted}
+    return seal_of(wanted) != seal_of(found)
+
+
+def output_names(channels: int) -> list[str]:
+    """Names of all outputs of so many channels, the residual's last."""
+    return [*map(store.channel_name, range(channels)), store.RESIDUAL]

@@ -20,11 +20,12 @@ import itertools
 import math
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +35,9 @@ from cdd_dask import lease
 from cdd_dask.blocks import Grid, Region, pieces, storage_chunks
 from cdd_dask.errors import DamagedError, StoreError
 from cdd_dask.marks import keep_copy
-from cdd_dask.objects import has_object, names_in, remove_objects, store_of
+from cdd_dask.objects import has_object, names_in, remove_object, remove_objects, store_of
 from cdd_dask.readers.regions import read_region
+from cdd_dask.seals import sealed
 
 if TYPE_CHECKING:
     import zarr
@@ -329,7 +331,7 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
         for place in places:
             if damage := shard_damage(array, place):
                 if path.startswith(f"{WORK}/"):
-                    sync(array.store.delete(_shard_key(array, place)))
+                    remove_object(address, _shard_key(array, place))
                 raise DamagedError(f"{address}: {path}, {damage}") from error
         raise
 
@@ -433,30 +435,30 @@ def finish_store(
 ) -> None:
     """Write what is known of every output, then `attributes`, and last that it is complete."""
     root = root_of_run(address, run, "r+")
-    for name, known in outputs.items():
-        _update(root[name], known)
-    held: Any = root.attrs[KEY]
-    write_attributes(address, root, {**held, **attributes, "complete": True})
+    groups = {name: {**_held(root[name]), **known} for name, known in outputs.items()}
+    write_attributes(address, root, {**_held(root), **attributes, "complete": True}, groups)
 
 
-def write_attributes(address: str, root: zarr.Group, attributes: dict[str, Any]) -> None:
-    """Write what the root remembers, sealed, after a copy of it beside the done marks."""
-    sealed = {**attributes, "seal": seal_of(attributes)}
-    keep_copy(address, sealed)
-    root.attrs[KEY] = sealed
+def _held(group: Any) -> dict[str, Any]:
+    return dict(group.attrs[KEY])
 
 
-def seal_of(attributes: dict[str, Any]) -> str:
-    """A checksum of attributes, which tells whether they were edited."""
-    import hashlib
-    import json
+def write_attributes(
+    address: str,
+    root: zarr.Group,
+    attributes: dict[str, Any],
+    outputs: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> None:
+    """Write what the root and the groups of outputs remember, sealed, after a copy of it.
 
-    plain = {key: value for key, value in attributes.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _update(group: Any, attributes: dict[str, Any]) -> None:
-    group.attrs[KEY] = {**group.attrs[KEY], **attributes}
+    The root comes last: it says whether the store is complete.
+    """
+    groups = {name: sealed(known) for name, known in outputs.items()}
+    whole = sealed(attributes)
+    keep_copy(address, {**groups, "": whole})
+    for name, known in groups.items():
+        root[name].attrs[KEY] = known
+    root.attrs[KEY] = whole
 
 
 def usable_names(names: tuple[str, ...] | None, ndim: int) -> tuple[str, ...]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cdd_dask import objects, store
 from cdd_dask.decomposition import Decomposition, open_decomposition
-from cdd_dask.errors import InputError, StoreError, VerificationError
-from cdd_dask.marks import FOLDER
+from cdd_dask.errors import InputError, VerificationError
 from cdd_dask.memory import available_memory, byte_count
 from cdd_dask.output import output_address
 from cdd_dask.parameters import check_count
 from cdd_dask.progress import Progress
 from cdd_dask.readers import Source, open_source, read_field
 from cdd_dask.sampling import Sample, sample_channels
-from cdd_dask.soundness import Damage, Ledger, output_names
+from cdd_dask.soundness import Damage, Ledger
 from cdd_dask.statistics import difference
 
 TOLERANCE = 4
@@ -39,6 +38,8 @@ class Verification:
     """Unit in the last place of the source's largest absolute value."""
     samples: tuple[Sample, ...] = ()
     """What recomputed blocks showed, one for each channel, where they were asked for."""
+    approximate: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Numbers of the blocks that `repair` made approximately, by the output's name."""
 
     @property
     def worst_ulp(self) -> float:
@@ -46,10 +47,13 @@ class Verification:
         return self.worst_error / self.ulp
 
     def __str__(self) -> str:
-        return (
+        lines = [
             f"reconstruction error at most {self.worst_error:.3g} "
             f"({self.worst_ulp:.2g} ulp of the maximum), at voxel {self.where}"
-        )
+        ]
+        for name, blocks in self.approximate.items():
+            lines.append(f"{name}: repaired approximately in blocks {', '.join(map(str, blocks))}")
+        return "\n".join(lines)
 
 
 def verify(
@@ -104,28 +108,19 @@ def verify(
     count, seed = check_count("sample", sample, 0), check_count("seed", seed, 0)
     budget = available_memory() // 2 if memory is None else byte_count("memory", memory)
     address = output_address(path)
-    check_finished(address)
     ledger = Ledger.of(address)
     _refuse(address, [*ledger.damaged_metadata()])
     result = open_decomposition(address)
     opened = source_of(result.attrs["source"], result.shape, source)
     with Progress(progress, len(ledger.plan.grid) + count * len(result.channels)) as shown:
-        found = _check_blocks(result, ledger, opened, shown)
+        found = replace(
+            _check_blocks(result, ledger, opened, shown), approximate=ledger.approximate
+        )
         if count:
             samples = sample_channels(result, opened, count, seed, budget, shown)
             _check_kept(result, samples)
             found = replace(found, samples=samples)
     return found
-
-
-def check_finished(address: str) -> None:
-    """Raise what `open_decomposition` would, unless it is damage to be told in full."""
-    try:
-        open_decomposition(address)
-    except StoreError:
-        copy = (objects.read_attributes(address, FOLDER) or {}).get(store.KEY)
-        if not isinstance(copy, dict) or copy.get("complete") is not True:
-            raise
 
 
 def _refuse(address: str, damages: list[Damage]) -> None:
@@ -145,12 +140,12 @@ def _check_blocks(
 ) -> Verification:
     """Whether all blocks are what was written, and how far their sum is from the source."""
     worst, where, largest = -1.0, (0,) * len(result.shape), 0.0
-    grid, names, damages = ledger.plan.grid, output_names(ledger.plan), []
+    grid, damages = ledger.plan.grid, []
     shown.stage("verify", len(grid))
     for number in range(len(grid)):
         core = grid.core(number)
         total: Any = 0.0
-        for name in names:
+        for name in ledger.names:
             values, damage = ledger.damaged_block(name, number)
             if damage is not None:
                 damages.append(damage)
@@ -159,9 +154,9 @@ def _check_blocks(
         shown.advance(1)
         if damages:
             continue
-        field = read_field(source, core, result.parameters)
-        largest = max(largest, float(np.abs(field).max(where=~np.isnan(field), initial=0.0)))
-        off = difference(total.astype(field.dtype), field)
+        wanted = read_field(source, core, result.parameters)
+        largest = max(largest, float(np.abs(wanted).max(where=~np.isnan(wanted), initial=0.0)))
+        off = difference(total.astype(wanted.dtype), wanted)
         place = np.unravel_index(int(off.argmax()), off.shape)
         if off[place] > worst:
             worst = float(off[place])

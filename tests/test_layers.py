@@ -24,7 +24,7 @@ LAYERS = (
     ),
     ("engines",),
     ("blocks", "memory", "regimes", "plans", "drafts", "planner", "working"),
-    ("readers", "store", "attributes", "probes", "objects", "retrying", "marks", "lease"),
+    ("readers", "store", "attributes", "probes", "objects", "retrying", "seals", "marks", "lease"),
     ("cell_tasks", "task"),
     ("executors",),
     (

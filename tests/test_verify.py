@@ -32,17 +32,26 @@ def test_a_sound_store_passes(made: tuple[Path, Path]):
 
 
 def test_a_changed_voxel_is_named(made: tuple[Path, Path]):
-    """The worst voxel's place and error are in the message."""
+    """Its block is not what its done mark says."""
     array = zarr.open_array(made[1] / "channel_01/scale0/image", mode="r+")
     array[13, 27] += 0.5
-    with pytest.raises(VerificationError, match=r"0\.5.*\(13, 27\)"):
+    message = r"channel_01, block 5, region \[10:20, 20:30\]: is not what its run wrote"
+    with pytest.raises(VerificationError, match=message):
         verify(made[1], progress=False)
+
+
+def test_another_field_is_told_by_its_worst_voxel(made: tuple[Path, Path]):
+    """Whose place and error are in the message."""
+    field = np.load(made[0])
+    field[13, 27] += 0.5
+    with pytest.raises(VerificationError, match=r"0\.5.*\(13, 27\)"):
+        verify(made[1], field, progress=False)
 
 
 def test_a_missing_shard_is_named(made: tuple[Path, Path]):
     """A deleted file reads as zeros: it is looked for before anything is read."""
     (made[1] / "channel_02/scale0/image/c/1/2").unlink()
-    with pytest.raises(VerificationError, match=r"channel_02 lacks 1 "):
+    with pytest.raises(VerificationError, match=r"channel_02, block 5.*lacks its shard \(1, 2\)"):
         verify(made[1], progress=False)
 
 
