@@ -23,6 +23,7 @@ from cdd_dask.output import check_apart, check_output, check_scratch, check_vaca
 from cdd_dask.parameters import MAX_NDIM, Parameters, check_count
 from cdd_dask.planner import make_plan
 from cdd_dask.plans import Plan, Resources, Volume
+from cdd_dask.preflight import preflight
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, open_source
 from cdd_dask.resources import resolve_resources
@@ -185,6 +186,8 @@ def decompose(
     OutputExistsError
         If `out` exists (a `FileExistsError`): as something else, or begun with other parameters or
         of another source, the first of which the message names.
+    PreflightError
+        If a worker cannot do what is asked of it, see `doctor`; nothing is written.
     LeaseError
         If another run writes to `out` (a `BlockingIOError`).
     RunError
@@ -243,15 +246,17 @@ def decompose(
     )
     limits = limited_threads(*how) if in_process else nullcontext()
     progress_of = Progress(progress, sum(stage.work for stage in made.stages))
-    with limits, pool, lease, progress_of as shown:
-        run = _begin(made, opened, address, identity, overwrite, scratch)
-        try:
-            execute(made, opened, address, run, pool, shown, lease.check)
-        except BadValueError:
-            if "://" not in address and out is not None:
-                store.root_of_run(address, run)
-                store.remove_store(Path(address))  # this run made it, of data of no use
-            raise
+    with limits, pool:
+        preflight(made, opened, address, scratch, pool).enforce()
+        with lease, progress_of as shown:
+            run = _begin(made, opened, address, identity, overwrite, scratch)
+            try:
+                execute(made, opened, address, run, pool, shown, lease.check)
+            except BadValueError:
+                if "://" not in address and out is not None:
+                    store.root_of_run(address, run)
+                    store.remove_store(Path(address))  # this run made it, of data of no use
+                raise
     return Decomposition(address, store.open_root(address))
 
 

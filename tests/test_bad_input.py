@@ -28,6 +28,7 @@ from cdd_dask.errors import (
     InputError,
     OutputAccessError,
     OutputExistsError,
+    PreflightError,
     SourceNotFoundError,
     SourceReadError,
     StoreError,
@@ -457,13 +458,13 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_no_permission_that_shows_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A file system that says yes and then refuses: the same error."""
+    """A file system that says yes and then refuses: found before the run."""
 
     def refuse(path: Path, *_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OutputAccessError, match=r"out=.*out\.zarr cannot be written: .*denied"):
+    with pytest.raises(PreflightError, match=r"output on client: .* cannot be written: .*denied"):
         cdd_dask.decompose(FIELD, tmp_path / "out.zarr", **FAST)
     assert list(tmp_path.iterdir()) == []
 

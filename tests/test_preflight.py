@@ -369,3 +369,12 @@ def test_doctor_of_a_cluster(here: Path):
             result = preflight(made, None, "out.zarr", None, pool)
         (check,) = found(result, "memory", "failed")
         assert "limited to 1 GB" in check.detail
+
+
+def test_decompose_refuses_what_is_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And has then written nothing."""
+    monkeypatch.setattr(facts, "_look_at_source", lambda question: {"source_error": "gone"})
+    np.save(tmp_path / "field.npy", np.ones((8, 8), "float32"))
+    with pytest.raises(PreflightError, match="gone"):
+        cdd_dask.decompose(tmp_path / "field.npy", tmp_path / "out.zarr", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["field.npy"]

@@ -175,7 +175,7 @@ def test_complete_is_written_last(tmp_path: Path, lognormal: Any, monkeypatch: p
     monkeypatch.setattr(LocalStore, "set", write)
     decomposed(tmp_path / "whole.zarr", lognormal)
     total = len(writes)
-    for limit in [*range(0, total, 7), total - 3, total - 2, total - 1]:
+    for limit in {*range(0, total, 7), total - 3, total - 2, total - 1}:
         out = tmp_path / f"{limit}.zarr"
         writes.clear()
         with pytest.raises((CddError, OSError)):
