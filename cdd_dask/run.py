@@ -300,9 +300,13 @@ def _run_pass(
     # only this process has an array that lives in its memory
     copying_in = batch.work.kind == "copy"
     pool = SerialExecutor() if copying_in and not source.portable else executor
-    tasks = batch.tasks(blocks)
+    peak = max(stage.peak_memory for stage in plan.stages if stage.number in batch.work.stages)
+    places = {batch.address, store.scratch_of(batch.address, batch.run) or batch.address}
+    results = pool.run(
+        run_task, batch.tasks(blocks), batch.name, describe_task, projected=peak, places=places
+    )
     try:
-        with closing(pool.run(run_task, tasks, batch.name, describe_task)) as results:
+        with closing(results):
             for mark in results:
                 marks[mark.block] = mark
                 progress.advance(work)
