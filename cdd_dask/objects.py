@@ -110,7 +110,9 @@ def read_attributes(address: str, path: str) -> dict[str, Any] | None:
     """Attributes of the group at `path`; None where it is not, or cannot be understood."""
     data = read_object(address, f"{path}/zarr.json".lstrip("/"))
     try:
-        attributes = json.loads(data or b"")["attributes"]
+        document = json.loads(data or b"")
+        is_group = document["zarr_format"] == 3 and document["node_type"] == "group"
+        attributes = document["attributes"]
     except (ValueError, KeyError, TypeError):
         return None
-    return attributes if isinstance(attributes, dict) else None
+    return attributes if is_group and isinstance(attributes, dict) else None

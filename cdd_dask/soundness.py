@@ -32,12 +32,6 @@ from cdd_dask.plans import Plan
 from cdd_dask.seals import is_sealed, seal_of
 from cdd_dask.working import outputs
 
-DECIDED = (
-    *("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding"),
-    *("codecs", "fill_value", "dimension_names", "attributes"),
-)
-"""What of the metadata of arrays and groups decides values and their meaning."""
-
 
 @dataclass(frozen=True)
 class Damage:
@@ -213,11 +207,9 @@ class Ledger:
                 values = store.read_block(self.address, path, ())
                 same = np.array_equal(values, store.read_block(str(expected), path, ()))
                 return "" if same else "is damaged"
-            one, other = json.loads(wanted), json.loads(found)
-            changed = [name for name in DECIDED if _differ(one.get(name), other.get(name))]
+            return _other(json.loads(wanted), json.loads(found))
         except Exception:  # whatever was put there
             return "is damaged"
-        return f"has other {changed[0]}" if changed else ""
 
 
 def _attributes(address: str, group: str) -> Any:
@@ -225,11 +217,19 @@ def _attributes(address: str, group: str) -> Any:
     return (objects.read_attributes(address, group) or {}).get(store.KEY)
 
 
-def _differ(wanted: Any, found: Any) -> bool:
-    """Whether values differ; other attributes may stand beside those that are wanted."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        found = {key: value for key, value in found.items() if key in wanted}
-    return seal_of(wanted) != seal_of(found)
+def _other(wanted: dict[str, Any], found: dict[str, Any]) -> str:
+    """What metadata have that they should not, in words.
+
+    Attributes of others may stand beside ours, and what is empty may be left out.
+    """
+    theirs = found.get("attributes") or {}
+    ours = {key: theirs.get(key) for key in wanted["attributes"]}
+    found = {**found, "attributes": ours}
+    for name in sorted({*wanted, *found}):
+        one, other = wanted.get(name) or None, found.get(name) or None
+        if seal_of(one) != seal_of(other):
+            return f"has other {name}"
+    return ""
 
 
 def output_names(channels: int) -> list[str]:
