@@ -17,13 +17,13 @@ from typing import Any, NoReturn
 
 from cdd_dask.addresses import UNPRINTABLE, check_address
 from cdd_dask.blocks import Grid, storage_chunks
-from cdd_dask.engines import ENGINES
+from cdd_dask.engines import ENGINES, Footprint
 from cdd_dask.errors import InputError, StoreError
 from cdd_dask.parameters import MAX_NDIM, Parameters
-from cdd_dask.plans import Stage
+from cdd_dask.plans import Resources, Speeds, Stage, Volume
 from cdd_dask.readers.base import LARGEST_VOLUME
 from cdd_dask.scales import MOST_CHANNELS, scale_edges
-from cdd_dask.store import FORMAT_VERSION
+from cdd_dask.store import FORMAT_VERSION, usable_names
 
 Rule = Callable[[str, Any], None]
 
@@ -81,9 +81,12 @@ def _address(name: str, value: Any) -> None:
     check_address(name, value)
 
 
-def _run(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{12}", value):
-        _refuse(name, value, "12 hexadecimal digits")
+def _name(length: int) -> Rule:
+    def rule(name: str, value: Any) -> None:
+        if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{length}}}", value):
+            _refuse(name, value, f"{length} hexadecimal digits")
+
+    return rule
 
 
 def _choice(*allowed: str) -> Rule:
@@ -92,6 +95,14 @@ def _choice(*allowed: str) -> Rule:
             _refuse(name, value, f"one of {', '.join(allowed)}")
 
     return rule
+
+
+def _axis(name: str, value: Any) -> None:
+    """Name, spacing and unit of an axis; its coordinates lie under its name."""
+    _list(lambda *_: None, 3, 3)(name, value)
+    _text(f"{name}[0]", value[0])
+    _number(f"{name}[1]", value[1])
+    _optional(_text)(f"{name}[2]", value[2])
 
 
 def _optional(rule: Rule) -> Rule:
@@ -132,31 +143,54 @@ _COUNTS = _list(_whole())
 _STATISTICS = _mapping(
     {"count": _whole(), **dict.fromkeys(("sum", "sum_abs", "sum_squares", "min", "max"), _sum)}
 )
-_STAGE = {
+_MANY = _list(_whole(), 0, sys.maxsize)
+_TYPES = {
     "int": _whole(),
     "float": _number,
     "str": _text,
-    "tuple[int, ...]": _list(_whole(), 0, sys.maxsize),
+    "bool": _flag,
+    "int | None": _optional(_whole()),
+    "tuple[int, ...]": _MANY,
+    "tuple[int, ...] | None": _optional(_MANY),
 }
-"""Rules of a stage's fields, by their types."""
+"""Rules of the fields of records, by their types."""
+
+
+def _record(kind: type[Any]) -> Rule:
+    """What a dataclass of ours is made of: each of its fields, and nothing else."""
+    names = {field.name: _TYPES[str(field.type)] for field in fields(kind)}
+    known = _mapping(names)
+
+    def rule(name: str, value: Any) -> None:
+        known(name, value)
+        if odd := sorted(set(value) - set(names)):
+            raise ValueError(f"its attribute {name}.{odd[0]!a:.60} is unknown: was it edited?")
+
+    return rule
+
+
+_TYPES |= {kind.__name__: _record(kind) for kind in (Footprint, Speeds)}
+
 
 ROOT = _mapping(
     {
-        "run": _run,
+        "run": _name(12),
+        "fingerprint": _name(32),
+        "identity": _mapping(),
         "scratch": _optional(_address),
         "parameters": _mapping(),
         "edges": _list(_number, 1, MOST_CHANNELS),
+        "axes": _list(_axis, 1),
         "plan": _mapping(
             {
-                "volume": _mapping({"shape": _SHAPE, "has_nan": _flag}),
+                "parameters": _mapping(),
+                "volume": _record(Volume),
+                "resources": _record(Resources),
+                "edges": _list(_number, 1, MOST_CHANNELS),
                 "block": _SHAPE,
                 "copy_in": _flag,
-                "resources": _mapping({"engine": _choice(*ENGINES[1:]), "device": _text}),
-                "stages": _list(
-                    _mapping({field.name: _STAGE[str(field.type)] for field in fields(Stage)}),
-                    1,
-                    MOST_CHANNELS + 1,
-                ),
+                "stages": _list(_record(Stage), 1, MOST_CHANNELS + 1),
+                **dict.fromkeys(("peak_memory", "disk_bytes", "files", "scratch_bytes"), _whole()),
             }
         ),
         "source": _mapping(
@@ -277,13 +311,21 @@ def _check_root(address: str, known: Any) -> None:
         FINISHED("", known)
     _check_scratch(known["scratch"])
     plan, shape = known["plan"], known["plan"]["volume"]["shape"]
+    _SHAPE("plan.volume.shape", shape)
+    _choice(*ENGINES[1:])("plan.resources.engine", plan["resources"]["engine"])
     if math.prod(shape) > LARGEST_VOLUME:
         _refuse("plan.volume.shape", shape, f"of at most {LARGEST_VOLUME} voxels")
     block = plan["block"]
     fits = len(block) == len(shape) and all(b <= n for b, n in zip(block, shape, strict=True))
     if not fits or math.prod(block) > LARGEST_BLOCK:
         _refuse("plan.block", block, f"within the shape {shape}, of at most {LARGEST_BLOCK} voxels")
+    names = tuple(axis[0] for axis in known["axes"])
+    if usable_names(names, len(shape)) != names:
+        _refuse("axes", names, f"{len(shape)} names of arrays")
     _check_parameters(known["parameters"], known["edges"], tuple(shape))
+    for key in ("parameters", "edges"):
+        if plan[key] != known[key]:
+            raise ValueError(f"its attributes {key} and plan.{key} are not the same")
     _check_stages(plan, len(known["edges"]))
 
 
@@ -326,6 +368,9 @@ def _check_stages(plan: dict[str, Any], channels: int) -> None:
         for key in ("levels", "depth", "blank_depth", "tile", "blank_tile"):
             if len(stage[key]) != ndim:
                 _refuse(f"plan.stages[{place}].{key}", stage[key], f"{ndim} numbers")
+        cells = [stage[key] for key in ("cell_domain", "cell_block", "cell_depth")]
+        if {*map(len, cells)} not in ({0}, {ndim}) or 0 in cells[1]:
+            _refuse(f"plan.stages[{place}].cell_domain, block and depth", cells, f"{ndim} numbers")
 
 
 def _check_group(name: str, known: Any, scales: tuple[float, float | None], complete: bool) -> None:

@@ -113,6 +113,6 @@ def read_attributes(address: str, path: str) -> dict[str, Any] | None:
         document = json.loads(data or b"")
         is_group = document["zarr_format"] == 3 and document["node_type"] == "group"
         attributes = document["attributes"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return attributes if is_group and isinstance(attributes, dict) else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cdd_dask import objects, store
+from cdd_dask.attributes import check_root
 from cdd_dask.errors import BudgetError, DifferentRunError, InputError, OutputAccessError
 from cdd_dask.identity import check_same, identity_of
 from cdd_dask.marks import Mark, drop_marks, read_marks
@@ -55,6 +56,8 @@ class Begun:
         ------
         DifferentRunError
             If anything that decides the values is not the same.
+        StoreError
+            If what the output remembers was edited.
         BudgetError
             If its blocks do not fit the memory.
         """
@@ -64,6 +67,7 @@ class Begun:
                 f"out={self.address} is of another format version: name another output, or start "
                 "anew with overwrite=True (--overwrite)"
             )
+        check_root(self.address, self.attributes)
         plan = Plan.of_dict(self.attributes["plan"], resources)
         wanted = identity_of(replace(plan, parameters=parameters), source)
         if block is not None:
