@@ -1,0 +1,170 @@
+"""Damage is found, whatever it is, and mended to the bit; what cannot be mended is said."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+import cdd_dask
+from cdd_dask import lease, run, store
+from cdd_dask.errors import LeaseError, VerificationError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import damage
+
+LONG: dict[str, Any] = {"max_scale": 2, "e_rel": 0.3, "block": 16, "rtol": 1e-2, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def halos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of nine blocks, and its source beside it."""
+    return damage.make_store(tmp_path_factory.mktemp("halos"), "halos")
+
+
+@pytest.fixture
+def made(halos: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(halos, tmp_path / "out.zarr"))
+
+
+def shard(path: Path, output: str, *place: int) -> Path:
+    return path.joinpath(output, "scale0", "image", "c", *map(str, place))
+
+
+def test_damages_of_every_kind(tmp_path: Path):
+    """Each is found; what is mended is the store that it was."""
+    tally = damage.inject(list(damage.DAMAGES), ["halos"], 26, 3, tmp_path)
+    assert not tally.missed
+    assert {what.split(":")[0] for what in tally.impossible} <= damage.HOPELESS
+
+
+def test_without_checksums_swapped_shards_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each shard is sound by itself: only done marks tell."""
+    monkeypatch.setattr(store, "checksum", lambda values: "unchecked")
+    tally = damage.inject(["swapped blocks", "swapped channels"], ["halos"], 2, 0, tmp_path)
+    assert len(tally.missed) == 2
+
+
+def test_several_damages_at_once(made: Path, halos: Path):
+    """Of data, attributes and marks, in every copy once."""
+    shard(made, "channel_00", 0, 1).unlink()
+    shard(made, "residual", 2, 2).write_bytes(b"none")
+    (made / "zarr.json").write_text("{")
+    (made / "channel_01" / "zarr.json").unlink()
+    (made / "channel_01" / "scale0" / "image" / "zarr.json").write_text("[]")
+    first, *_, last = sorted((made / "done").glob("pass_*"))
+    (first / "zarr.json").unlink()
+    (last / "copy" / "zarr.json").write_text("")
+    with pytest.raises(VerificationError, match="is damaged, in"):
+        cdd_dask.verify(made, progress=False)
+    done = cdd_dask.repair(made, progress=False)
+    assert not done.impossible
+    assert not done.approximate
+    assert damage.same(damage.files_of(halos), damage.files_of(made))
+    cdd_dask.verify(made, progress=False)
+    assert str(cdd_dask.repair(made, progress=False)) == "nothing is damaged"
+
+
+def test_a_source_that_is_gone(tmp_path: Path):
+    """Said for every block; metadata are mended all the same, and the rest when it is back."""
+    made = damage.make_store(tmp_path, "halos")
+    wanted, field = damage.files_of(made), tmp_path / "field.npy"
+    field.rename(tmp_path / "elsewhere.npy")
+    shard(made, "channel_01", 1, 1).unlink()
+    (made / "channel_00" / "zarr.json").unlink()
+    done = cdd_dask.repair(made, progress=False)
+    assert [what.output for what, _ in done.impossible] == ["channel_01"]
+    assert "the source is gone" in str(done)
+    assert (made / "channel_00" / "zarr.json").exists()
+    with pytest.raises(VerificationError, match="channel_01, block 4"):
+        cdd_dask.verify(made, tmp_path / "elsewhere.npy", progress=False)
+    # the same content at another place is the same source
+    done = cdd_dask.repair(made, tmp_path / "elsewhere.npy", progress=False)
+    assert [what.block for what in done.repaired] == [4]
+    assert damage.same(wanted, damage.files_of(made))
+
+
+def test_a_source_that_is_the_same_to_rounding(made: Path, halos: Path, tmp_path: Path):
+    """The block is made of it and the other outputs, to 4 units in the last place, and marked."""
+    field = np.load(halos.parent / "field.npy")
+    np.save(tmp_path / "double.npy", field.astype("float64"))
+    shard(made, "channel_01", 1, 1).unlink()
+    done = cdd_dask.repair(made, tmp_path / "double.npy", progress=False)
+    assert [what.block for what, _ in done.approximate] == [4]
+    assert not done.repaired
+    assert not done.impossible
+    found = cdd_dask.verify(made, progress=False)
+    assert found.approximate == {"channel_01": [4]}
+    assert "channel_01: repaired approximately in blocks 4" in str(found)
+    held: Any = zarr.open_group(made / "channel_01").attrs["cdd_dask"]
+    assert held["approximate_blocks"] == [4]
+    whole, mended = map(cdd_dask.open_decomposition, (halos, made))
+    for one, other in zip(whole.channels, mended.channels, strict=True):
+        off = np.abs(one[...] - other[...])
+        assert off.max() <= 4 * np.spacing(field.max())
+        off[16:32, 16:32] = 0
+        assert not off.any()
+    # two outputs of a block cannot be told apart by their sum
+    shard(made, "channel_00", 0, 0).unlink()
+    shard(made, "residual", 0, 0).unlink()
+    done = cdd_dask.repair(made, tmp_path / "double.npy", progress=False)
+    assert [what.output for what, _ in done.impossible] == ["channel_00", "residual"]
+    assert "several outputs of the block" in str(done)
+
+
+def test_another_source_mends_nothing(made: Path, halos: Path, tmp_path: Path):
+    """What it would give is not what was decomposed."""
+    np.save(tmp_path / "other.npy", np.load(halos.parent / "field.npy") * 1.001)
+    shard(made, "channel_01", 1, 1).unlink()
+    done = cdd_dask.repair(made, tmp_path / "other.npy", progress=False)
+    assert len(done.impossible) == 1
+    assert "the source is another one" in str(done)
+    assert not shard(made, "channel_01", 1, 1).exists()
+
+
+def test_repair_waits_for_its_turn(made: Path):
+    """While another one writes to the store."""
+    shard(made, "channel_01", 1, 1).unlink()
+    with lease.Lease(str(made)):
+        with pytest.raises(LeaseError, match="being written by"):
+            cdd_dask.repair(made, progress=False)
+        assert cdd_dask.repair(made, break_lease=True, progress=False).repaired
+
+
+@pytest.mark.parametrize(("boundary", "place"), [("wrap", 0), ("reflect", 0), ("reflect", 7)])
+def test_nothing_but_what_a_block_depends_on_is_computed(
+    boundary: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its neighbours in the pass before, and theirs; across the faces where the field wraps."""
+
+    def with_neighbours(blocks: set[int]) -> set[int]:
+        reached = {block + side for block in blocks for side in (-1, 0, 1)}
+        inside = {block for block in reached if 0 <= block < 20}
+        return {block % 20 for block in reached} if boundary == "wrap" else inside
+
+    np.save(tmp_path / "field.npy", np.random.default_rng(0).lognormal(size=320).astype("f4"))
+    out, options = tmp_path / "out.zarr", {**LONG, "boundary": boundary}
+    cdd_dask.decompose(tmp_path / "field.npy", out, **options)
+    kinds = [one.kind for one in cdd_dask.plan(tmp_path / "field.npy", **options).passes]
+    assert kinds == ["copy", "diffuse", "diffuse"]
+    wanted, executed, original = damage.files_of(out), set(), run.run_task
+
+    def counted(task: Any) -> Any:
+        executed.add((task.number, task.block))
+        return original(task)
+
+    monkeypatch.setattr(run, "run_task", counted)
+    shard(out, "residual", place).unlink()
+    cdd_dask.repair(out, progress=False)
+    near = with_neighbours({place})
+    needed = [with_neighbours(near), near, {place}]
+    assert executed == {(number, block) for number in range(3) for block in needed[number]}
+    assert damage.same(wanted, damage.files_of(out))
