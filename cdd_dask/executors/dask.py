@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,6 +32,24 @@ SECONDS_BETWEEN_REPORTS = 5.0
 """Between two looks at what a user's workers have told their scheduler."""
 SECONDS_TO_RESTART = 30.0
 """How long a worker on which a task hung may take to be back."""
+SECONDS_BETWEEN_CHECKS = 5.0
+"""Between two looks whether there still is a scheduler, while tasks are waited for."""
+
+
+@contextmanager
+def _losses_told() -> Iterator[None]:
+    """Say what to do where the scheduler cannot be reached, or a worker that was asked."""
+    try:
+        yield
+    except (OSError, CancelledError) as error:
+        raise _lost(error) from error
+
+
+def _lost(why: object) -> RunError:
+    return RunError(
+        f"the cluster has lost its scheduler, or a worker that was asked ({why}): see that it "
+        "runs, and run the same command again, finished blocks are kept"
+    )
 
 
 class DaskExecutor(Executor):
@@ -60,8 +80,9 @@ class DaskExecutor(Executor):
         self._peaks: Peaks | None = None
         self._run = uuid.uuid4().hex[:8]
         try:
-            client.register_plugin(_Prepare(prepare), name=f"cdd-dask-{self._run}")
-            info = workers_of(client)
+            with _losses_told():
+                client.register_plugin(_Prepare(prepare), name=f"cdd-dask-{self._run}")
+                info = workers_of(client)
         except BaseException:
             self.close()
             raise
@@ -76,6 +97,7 @@ class DaskExecutor(Executor):
         # readable name is the first item of a tuple, which it shows as a group
         key = (f"{name}-{self._run}", number, uuid.uuid4().hex[:4])
         elsewhere = self._elsewhere.pop(number, None) or None
+        self._check_scheduler()
         return self.client.submit(
             function,
             task,
@@ -90,15 +112,25 @@ class DaskExecutor(Executor):
     def wait(self, futures: Collection[Any], timeout: float | None = None) -> Iterable[Any]:
         from distributed import wait
 
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        if known := [future for future in futures if future.done()]:
+            return known  # which a wait of no time would not see
         with self.client.as_current():  # the user's client need not be the default one
-            try:
-                done: Iterable[Any] = wait(
-                    list(futures), timeout=timeout, return_when="FIRST_COMPLETED"
-                ).done
-            except TimeoutError:
-                return ()
-        return done
+            while True:
+                self._check_scheduler()
+                left = max(0.0, end - time.monotonic())
+                with suppress(TimeoutError, CancelledError):
+                    wait(list(futures), min(left, SECONDS_BETWEEN_CHECKS), "FIRST_COMPLETED")
+                self._check_scheduler()  # if it is gone, nobody gives out results
+                done = [future for future in futures if future.done()]
+                if done or time.monotonic() >= end:
+                    return done
 
+    def _check_scheduler(self) -> None:
+        if self.client.status != "running":
+            raise _lost(f"the client is {self.client.status}")
+
+    @_losses_told()
     def everywhere(self, function: Callable[..., Any], *args: Any) -> dict[str, Any]:
         return dict(self.client.run(function, *args, on_error="return"))
 
@@ -117,9 +149,10 @@ class DaskExecutor(Executor):
             return {one.worker_address: peak_memory(one.pid) for one in nannies if one.pid}
         return {
             address: worker["metrics"]["memory"]
-            for address, worker in self.client.scheduler_info(n_workers=-1)["workers"].items()
+            for address, worker in _known_workers(self.client).items()
         }
 
+    @_losses_told()
     def has_begun(self, future: Any) -> bool:
         return self._worker_of(future) is not None
 
@@ -128,9 +161,10 @@ class DaskExecutor(Executor):
         held = self.client.processing().items()
         return next((address for address, keys in held if future.key in keys), None)
 
+    @_losses_told()
     def abandon(self, future: Any, number: int, pending: Collection[Any]) -> Collection[Any]:
         address = self._worker_of(future)
-        known = self.client.scheduler_info(n_workers=-1)["workers"]
+        known = _known_workers(self.client)
         self.client.cancel([future], force=True)
         # restarted, or without a nanny occupied for ever
         self._elsewhere[number] = [other for other in known if other != address]
@@ -141,6 +175,7 @@ class DaskExecutor(Executor):
             )
         return (future,)
 
+    @_losses_told()
     def cancel(self, futures: Collection[Any], hurry: bool = False) -> None:
         if not futures or self.client.status != "running":
             return
@@ -162,7 +197,8 @@ class DaskExecutor(Executor):
             self.client.close()
             self._cluster.close()
         elif self.client.status == "running":
-            self.client.unregister_worker_plugin(f"cdd-dask-{self._run}")
+            with suppress(OSError, ValueError):  # a scheduler that was started anew has none
+                self.client.unregister_worker_plugin(f"cdd-dask-{self._run}")
 
 
 class _Prepare(WorkerPlugin):  # type: ignore[misc]  # distributed is not typed
@@ -228,7 +264,14 @@ def workers_of(client: Any) -> dict[str, Any]:
         raise InputError(f"client={client!r} must be a synchronous distributed.Client")
     if client.status != "running":
         raise InputError(f"client={client!r} is {client.status}: connect it to a scheduler")
-    info = client.scheduler_info(n_workers=-1)["workers"]
+    info = _known_workers(client)
     if not info:
         raise InputError(f"client={client!r} has no workers: start some first")
-    return dict(info)
+    return info
+
+
+def _known_workers(client: Any) -> dict[str, Any]:
+    """What the scheduler knows of its workers now, by address."""
+    # `client.scheduler_info` may return what the client's own periodic look has just found, which
+    # leaves the workers out
+    return dict(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
