@@ -224,8 +224,8 @@ def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> D
         ) from error
     if complete is False and not allow_incomplete:
         raise StoreError(
-            f"{address} is not complete: its run is still going on, or was stopped. Run it again "
-            "with overwrite=True, or look at what is there with allow_incomplete=True"
+            f"{address} is not complete: its run is still going on, or was stopped, and the same "
+            "call of decompose goes on with it; look at what is there with allow_incomplete=True"
         )
     try:
         return Decomposition(address, root)
