@@ -195,12 +195,18 @@ class _Mender:
         expected = self._ledger.checksum(damage.output, damage.block)
         if expected is not None and store.checksum(values) != expected:
             return False
-        store.write_block(self._address, path, core, values)
+        self._write(path, damage.block, values)
         if expected is None:
             marks = read_marks(again, self._fingerprint, number)
             self._ledger.marks[number][damage.block] = marks[damage.block]
         self.repaired.append(damage)
         return True
+
+    def _write(self, path: str, block: int, values: NDArray[Any]) -> None:
+        """Write a block's shard anew: Zarr would keep what the old one holds beyond the volume."""
+        core = self._plan.grid.core(block)
+        store.remove_block(self._address, path, core)
+        store.write_block(self._address, path, core, values)
 
     def _plan_here(self) -> Plan:
         """The plan on this machine, one block at a time."""
@@ -246,7 +252,7 @@ class _Mender:
             wanted = read_field(source, core, self._plan.parameters)
             rest = self._sum(block, leave_out=damage.output)
             values = (wanted.astype(np.float64) - rest).astype(wanted.dtype)
-            store.write_block(self._address, path, core, values)
+            self._write(path, block, values)
             self._mark_approximate(damage, values)
             self.approximate.append((damage, why))
 

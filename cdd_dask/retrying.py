@@ -41,6 +41,9 @@ class RetryingStore(WrapperStore[Store]):
     async def exists(self, key: str) -> bool:
         return await tried(lambda: self._store.exists(key))
 
+    async def getsize(self, key: str) -> int:
+        return await tried(lambda: self._store.getsize(key))
+
     async def is_empty(self, prefix: str) -> bool:
         return await tried(lambda: self._store.is_empty(prefix))
 

@@ -312,8 +312,6 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
         If a shard is not there, which Zarr would read as zeros, or fails its checksum. One of a
         working array is then deleted, so that it is made again when the run goes on.
     """
-    from zarr.core.sync import sync
-
     array = _open_array(address, path)
     region = (*(slice(0, n) for n in array.shape[: array.ndim - len(region)]), *region)
     unit = array.shards or array.chunks
@@ -322,10 +320,9 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
         for s, n, u in zip(region, array.shape, unit, strict=True)
     ]
     places = list(itertools.product(*touched))
-    for place in places:
-        if not sync(array.store.exists(_shard_key(array, place))):
-            raise DamagedError(f"{address}: {path} lacks its shard {place}")
     try:
+        for place in places:
+            _check_there(array, place)
         return read_region(array, region)
     except ValueError as error:
         for place in places:
@@ -336,12 +333,24 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
         raise
 
 
-def shard_damage(array: zarr.Array[Any], place: tuple[int, ...]) -> str:
-    """What is wrong with a shard, in words; nothing if it can be read."""
+def _check_there(array: zarr.Array[Any], place: tuple[int, ...]) -> None:
+    """Raise `DamagedError` for a shard that is missing or empty: Zarr reads both as zeros."""
     from zarr.core.sync import sync
 
-    if not sync(array.store.exists(_shard_key(array, place))):
-        return f"shard {place} is not there"
+    try:
+        size = sync(array.store.getsize(_shard_key(array, place)))
+    except FileNotFoundError:
+        raise DamagedError(f"shard {place} is not there") from None
+    if size == 0:
+        raise DamagedError(f"shard {place} is empty")
+
+
+def shard_damage(array: zarr.Array[Any], place: tuple[int, ...]) -> str:
+    """What is wrong with a shard, in words; nothing if it can be read."""
+    try:
+        _check_there(array, place)
+    except DamagedError as error:
+        return str(error)
     unit = array.shards or array.chunks
     along = [
         range(p * u // c, -(-min((p + 1) * u, n) // c))
@@ -364,21 +373,25 @@ def _chunk_region(array: zarr.Array[Any], chunk: tuple[int, ...]) -> Region:
 
 def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> None:
     """Write one block's core: a whole shard, which no other task writes."""
-    from zarr.core.sync import sync
-
     # the setting is not stored with the array: a block of zeros must leave its chunks
     array = _open_array(address, path, "r+").with_config({"write_empty_chunks": True})
     try:
         array[core] = values
     except ValueError:
         # Zarr reads a shard before it writes it, and a torn one would make every retry fail
-        unit = array.shards or array.chunks
-        place = tuple(s.start // n for s, n in zip(core, unit, strict=True))
-        sync(array.store.delete(_shard_key(array, place)))
+        remove_block(address, path, core)
         array[core] = values
     written = _written.get()
     if written is not None:
         written[path] = checksum(values)
+
+
+def remove_block(address: str, path: str, core: Region) -> None:
+    """Delete a block's shard, whatever is in it."""
+    array = _open_array(address, path)
+    unit = array.shards or array.chunks
+    place = tuple(s.start // n for s, n in zip(core, unit, strict=True))
+    remove_object(address, _shard_key(array, place))
 
 
 def checksum(values: NDArray[Any]) -> str:

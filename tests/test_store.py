@@ -321,7 +321,7 @@ def test_a_missing_shard_of_a_working_field_stops_the_run(
         original(address, run, name, *rest)
 
     monkeypatch.setattr(store, "create_work_array", create)
-    with pytest.raises(BlockError, match="lacks its shard"):
+    with pytest.raises(BlockError, match="is not there"):
         decomposed(out, lognormal, 2, max_scale=4)
     with pytest.raises(StoreError, match="not complete"):
         cdd_dask.open_decomposition(out)
