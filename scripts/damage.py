@@ -49,6 +49,7 @@ STORES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 }
 """A field, its shape and the options of `decompose` for every regime."""
 
+EMPTY: tuple[Any, ...] = (None, {}, [])
 Files = dict[str, bytes]
 
 
@@ -384,14 +385,18 @@ def files_of(folder: Path) -> Files:
 
 
 def same(wanted: Files, found: Files) -> bool:
-    """Whether files mean the same: documents as they are read, all else to the bit."""
+    """Whether files mean the same: documents as they are read, all else to the bit.
+
+    What is empty in a document may be left out.
+    """
 
     def loaded(name: str, data: bytes) -> Any:
         if not name.endswith("zarr.json"):
             return data
         try:
-            return json.dumps(json.loads(data), sort_keys=True)
-        except ValueError:
+            kept = {key: value for key, value in json.loads(data).items() if value not in EMPTY}
+            return json.dumps(kept, sort_keys=True)
+        except (ValueError, AttributeError):
             return None
 
     return wanted.keys() == found.keys() and all(
