@@ -483,7 +483,8 @@ def test_a_thread_that_hangs_is_reported(tmp_path: Path, caplog: pytest.LogCaptu
 def test_a_slow_task_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Less than the least patience is never taken for hanging, however quick the others were."""
     monkeypatch.setattr(loop, "LEAST_PATIENCE", 30.0)
-    with start_executor("processes", 2) as pool:
+    monkeypatch.setattr(loop, "PATIENCE", 1.0)
+    with start_executor("processes", 2, prepare=prepare) as pool:
         monkeypatch.setattr(pool, "abandon", lambda *arguments: pytest.fail("abandoned"))
         results = list(pool.run(take_long, [Job(n, tmp_path) for n in range(8)], "t"))
     assert sorted(results) == list(range(8))
@@ -584,31 +585,50 @@ def test_a_run_is_stopped_while_it_starts(tmp_path: Path, name: str):
     assert "distributed." not in said
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path):
-    """Blocks in threads cannot be stopped, but nobody must wait for them."""
-    process = started(tmp_path, "--block", "96,96,48", "--executor", "threads", "--workers", "2")
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
-    before = time.monotonic()
-    assert "Traceback" not in ended(process, signal.SIGINT)
-    assert process.returncode == 130
-    assert time.monotonic() - before < 5
-
-
-def test_other_verbs_are_interrupted():
-    """Nothing of theirs could go on."""
-    script = (
-        "import sys, time; from cdd_dask import cli, decomposition; sys.argv[1:] = ['info', 'x']\n"
-        "decomposition.open_decomposition = lambda *_, **__: (print('up', flush=True), "
-        "time.sleep(60))\ncli.main()"
-    )
+def scripted(folder: Path, script: str, *arguments: str) -> subprocess.Popen[str]:
+    """The command in a process that runs `script` first, when it says so."""
+    head = f"import subprocess, sys, time\nfrom cdd_dask import cli\nsys.argv[1:] = {arguments}\n"
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", f"{head}{script}\ncli.main()"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout
-    process.stdout.readline()
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path):
+    """Blocks in threads cannot be stopped, but nobody must wait for them; children end, too."""
+    np.save(tmp_path / "in.npy", np.ones((16, 16)))
+    script = (
+        "from cdd_dask import run\nsubprocess.Popen(['sleep', '60'])\n"
+        "run.run_task = lambda task: (print('up', flush=True), time.sleep(60))"
+    )
+    options = ("--executor", "threads", "--workers", "2", "--block", "8", "--max-scale", "2")
+    process = scripted(tmp_path, script, "decompose", "in.npy", "out.zarr", *options)
+    children = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert children
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+def test_other_verbs_are_interrupted(tmp_path: Path):
+    """Nothing of theirs could go on."""
+    script = (
+        "from cdd_dask import decomposition\n"
+        "decomposition.open_decomposition = lambda *_, **__: (print('up', flush=True), "
+        "time.sleep(60))"
+    )
+    process = scripted(tmp_path, script, "info", "out.zarr")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=20)
     assert (process.returncode, said.strip()) == (143, "interrupted")
