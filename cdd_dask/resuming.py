@@ -8,12 +8,20 @@ from typing import Any
 
 from cdd_dask import objects, store
 from cdd_dask.attributes import check_root
-from cdd_dask.errors import BudgetError, DifferentRunError, InputError, OutputAccessError
+from cdd_dask.blocks import Grid
+from cdd_dask.errors import (
+    BudgetError,
+    DifferentRunError,
+    InputError,
+    OutputAccessError,
+    StoreError,
+)
 from cdd_dask.identity import check_same, identity_of
 from cdd_dask.marks import Mark, drop_marks, read_marks
 from cdd_dask.memory import format_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Plan, Resources, Volume
+from cdd_dask.seals import is_sealed
 from cdd_dask.statistics import Statistics
 from cdd_dask.working import geometry, nature_of, outputs, uses
 
@@ -68,6 +76,12 @@ class Begun:
                 "anew with overwrite=True (--overwrite)"
             )
         check_root(self.address, self.attributes)
+        if not is_sealed(self.attributes):
+            raise StoreError(
+                f"out={self.address} is damaged: the attributes of its root were edited. If it is "
+                "finished, `cdd-dask repair` mends it; else start anew with overwrite=True "
+                "(--overwrite)"
+            )
         plan = Plan.of_dict(self.attributes["plan"], resources)
         wanted = identity_of(replace(plan, parameters=parameters), source)
         if block is not None:
@@ -127,8 +141,9 @@ def unfinished(plan: Plan, address: str, attributes: dict[str, Any]) -> list[set
         if done:
             lost = _lost_outputs(plan, address, outputs(plan, one), done)
             for name in writes & needed:
-                if geometry(plan, name, nature) is not None:
-                    lost |= _lost_blocks(work, name, done, not missing)
+                grid = geometry(plan, name, nature)
+                if grid is not None:
+                    lost |= _lost_blocks(plan, work, name, grid, done, not missing)
         if lost:
             drop_marks(address, fingerprint, number, lost)
         left.append(missing | lost)
@@ -156,10 +171,14 @@ def _lost_outputs(plan: Plan, address: str, written: set[int], done: set[int]) -
     return lost
 
 
-def _lost_blocks(work: str, name: str, done: set[int], whole: bool) -> set[int]:
-    """Blocks that are done but whose working array is gone, or lacks shards."""
+def _lost_blocks(
+    plan: Plan, work: str, name: str, grid: Grid, done: set[int], whole: bool
+) -> set[int]:
+    """Blocks that are done but whose part of a working array is gone; of cells, all of them."""
     if name not in store.work_arrays(work):
         return done
+    if grid == plan.grid:
+        return store.lacking(work, store.work_path(name), grid, done)
     several = name.startswith("snapshots")  # of which every pass writes some
     if several or not whole:
         return set()

@@ -19,7 +19,8 @@ with suppress(ImportError):  # the engines' suite runs where hypothesis is not i
     from hypothesis import settings
 
     settings.register_profile("untimed", deadline=None, print_blob=True)  # busy machines are slow
-    settings.load_profile("untimed")
+    settings.register_profile("nightly", settings.get_profile("untimed"), max_examples=200)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))
 
 
 @pytest.fixture(scope="session", autouse=True)
