@@ -143,7 +143,7 @@ def haloed_shape(grid: Grid, depth: tuple[int, ...], boundary: str) -> tuple[int
     return tuple(_longest_haloed(n, b, h, boundary) for n, b, h in along)
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=8192)
 def _longest_haloed(size: int, block: int, depth: int, boundary: str) -> int:
     """Length of the longest block along one axis, halos included."""
     count = -(-size // block)
@@ -211,7 +211,7 @@ def storage_chunks(grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(shard for shard, _ in sides), tuple(chunk for _, chunk in sides)
 
 
-@lru_cache(maxsize=10_000)
+@lru_cache(maxsize=1024)
 def _shard_and_chunk(block: int, alone: bool) -> tuple[int, int]:
     """Lengths of a shard and of a chunk along an axis of one block, or of several."""
     if alone:
