@@ -10,6 +10,7 @@ import csv
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 import click
 
 from cdd_dask import __version__
+from cdd_dask.addresses import check_address
 from cdd_dask.config import load_config
 from cdd_dask.engines import ENGINES
 from cdd_dask.errors import CddError, RunError, VerificationError
@@ -186,7 +188,8 @@ def plan(source: str, scheduler: str | None, as_json: bool, **options: Any) -> N
     if options["calibrate"] and options["progress"]:
         click.echo("measuring: 5 s, and what compiling takes the first time", err=True)
     shape = source.replace("x", ",").split(",")
-    what = tuple(map(int, shape)) if all(part.strip().isdecimal() for part in shape) else source
+    is_shape = all(re.fullmatch(r"\s*\d{1,18}\s*", part) for part in shape)
+    what = tuple(map(int, shape)) if is_shape else source
     made = make(what, client=_connect(scheduler), **_plain(options))
     click.echo(json.dumps(made.as_dict(), indent=2) if as_json else str(made))
 
@@ -359,9 +362,12 @@ def _connect(scheduler: str | None) -> Any:
         return None
     from distributed import Client
 
+    check_address("scheduler", scheduler)
+    # our own message tells better that the scheduler is gone than its traceback
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         return Client(scheduler, timeout="10s")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: TLS without certificates
         problem = f"{scheduler} does not answer: {error}"
         raise click.BadParameter(problem, param_hint="--scheduler") from error
 

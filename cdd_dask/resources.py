@@ -111,10 +111,11 @@ def _on_client(
     wanted: tuple[str, str | None, int, bool], budget: int | None, client: Any
 ) -> Resources:
     """Resources of the workers of a user's cluster, asked for what `_probe_engine` takes."""
-    from cdd_dask.executors.dask import all_have_gpus, workers_of
+    from cdd_dask.executors.dask import all_have_gpus, losses_told, workers_of
 
     info = workers_of(client)
-    probes = client.run(_probe_engine, *wanted)
+    with losses_told():
+        probes = client.run(_probe_engine, *wanted, workers=[*info])  # others may join meanwhile
     names = {probe["engine"] for probe in probes.values()}
     if len(names) > 1:
         raise DeviceError(

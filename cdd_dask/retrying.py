@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zarr.abc.store import Store
 from zarr.storage import WrapperStore
 
+from cdd_dask.errors import redacted
 from cdd_dask.faults import tries_of, wait_before
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ async def tried(
             if tries >= tries_of(error):
                 raise
             seconds = wait_before(tries, draw)
-            log.warning("storage: %s; trying again in %.1f s", error, seconds)
+            log.warning("storage: %s; trying again in %.1f s", redacted(str(error)), seconds)
         await sleep(seconds)
         tries += 1
 

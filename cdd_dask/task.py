@@ -22,7 +22,7 @@ from cdd_dask.engines import Diffusion, Engine, Faces, load_engine
 from cdd_dask.errors import BlockError
 from cdd_dask.halo import channel_passes
 from cdd_dask.kernels import discrete_gaussian
-from cdd_dask.marks import Mark, write_mark
+from cdd_dask.marks import Mark, block_path, marks_at, write_mark
 from cdd_dask.memory import return_freed_memory
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Pass, Stage, Volume, stage_from_dict
@@ -146,7 +146,7 @@ def prepare_process(engine: str, device: str, threads: int) -> None:
 
 
 def run_task(task: Task) -> Mark:
-    """Compute one block, and mark it as done when everything is written.
+    """Compute one block, unless it is done, and mark it as done when everything is written.
 
     Raises
     ------
@@ -158,6 +158,11 @@ def run_task(task: Task) -> Mark:
     try:
         store.root_of_run(task.address, task.run)  # also where the job is known already
         job = _load_job(task.address, task.run)
+        # what a worker tells is lost with it, or with its client, unless that has heard it
+        path = block_path(task.number, task.block)
+        known = marks_at(task.address, job.fingerprint, task.number, path)
+        if task.block in known:
+            return known[task.block]
         with store.recorded() as written:
             mark = _run(job, task)
         mark = replace(mark, checksums=written)

@@ -33,7 +33,7 @@ KINDS = ("config", "arguments", "store", "chunks", "header")
 MEMORY = 6_000_000_000
 """Bytes of address space for the commands: a hostile size must not take the machine down."""
 LARGEST_FILE = 50_000_000
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds after which a command hangs."""
 STATUSES = {0: "done", 1: "failed", 2: "refused"}
 
@@ -216,6 +216,8 @@ def fuzz(folder: Path, cases: list[Case], findings: Path) -> Counter[tuple[str, 
             counts[case.kind, outcome] += 1
             if outcome == "finding":
                 _save(case, command, text, folder, findings)
+            if len(left) % 1000 == 0:
+                print(f"{len(left)} inputs left", flush=True)
         process.join()
     return counts
 

@@ -13,7 +13,7 @@ import zarr
 
 import cdd_dask
 from cdd_dask import lease, run, store
-from cdd_dask.errors import LeaseError, VerificationError
+from cdd_dask.errors import LeaseError, StoreError, VerificationError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import damage
@@ -71,6 +71,24 @@ def test_several_damages_at_once(made: Path, halos: Path):
     assert damage.same(damage.files_of(halos), damage.files_of(made))
     cdd_dask.verify(made, progress=False)
     assert str(cdd_dask.repair(made, progress=False)) == "nothing is damaged"
+
+
+@pytest.mark.parametrize("what", ["zarr.json", "done"])
+def test_parts_of_another_run_are_named(what: str, made: Path, halos: Path, tmp_path: Path):
+    """Nobody can tell which is right; whoever knows deletes the other, and the rest is mended."""
+    other = damage.make_store(tmp_path / "other", "halos", seed=1)
+    if what == "done":
+        shutil.rmtree(made / "done")
+        shutil.copytree(other / "done", made / "done")
+    else:
+        shutil.copy(other / "zarr.json", made / "zarr.json")
+    for verb in (cdd_dask.verify, cdd_dask.repair):
+        with pytest.raises(StoreError, match=r"of two runs: delete zarr\.json or done/zarr\.json"):
+            verb(made, progress=False)
+    strange = made / ("zarr.json" if what == "zarr.json" else "done/zarr.json")
+    strange.unlink()
+    assert not cdd_dask.repair(made, progress=False).impossible
+    assert damage.same(damage.files_of(halos), damage.files_of(made))
 
 
 def test_a_source_that_is_gone(tmp_path: Path):

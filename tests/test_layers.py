@@ -39,7 +39,17 @@ LAYERS = (
         "facts",
         "preflight",
     ),
-    ("api", "checkup", "compat", "config", "exporting", "sampling", "soundness", "verification", "mending"),
+    (
+        "api",
+        "checkup",
+        "compat",
+        "config",
+        "exporting",
+        "sampling",
+        "soundness",
+        "verification",
+        "mending",
+    ),
     ("cli",),
 )
 """From the ground up; a file imports from its own layer and those below."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from click.testing import CliRunner
 
 import cdd_dask
 from cdd_dask import store
@@ -475,7 +476,21 @@ def test_a_scheduler_is_reached_by_tls(tmp_path: Path):
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert cdd_dask.open_decomposition(tmp_path / "out.zarr").attrs["complete"]
-    assert not any(SECRET in part or "key.pem" in part for part in (done.stdout, done.stderr))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (f"tcp://me:{SECRET}@127.0.0.1:1", "holds credentials"),
+        ("tls://127.0.0.1:1", "does not answer: TLS expects"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_connected(scheduler: str, message: str):
+    """A secret in its address, or TLS that nobody set up: one line each."""
+    result = CliRunner().invoke(cli, ["plan", "8,8", "--scheduler", scheduler])
+    assert message in f"{result.output} {result.exception}"
+    assert isinstance(result.exception, CddError | SystemExit)
+    assert SECRET not in f"{result.output} {result.exception}"
 
 
 # fuzzing

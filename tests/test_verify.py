@@ -51,7 +51,9 @@ def test_another_field_is_told_by_its_worst_voxel(made: tuple[Path, Path]):
 def test_a_missing_shard_is_named(made: tuple[Path, Path]):
     """A deleted file reads as zeros: it is looked for before anything is read."""
     (made[1] / "channel_02/scale0/image/c/1/2").unlink()
-    with pytest.raises(VerificationError, match=r"channel_02, block 5.*shard \(1, 2\) is not there"):
+    with pytest.raises(
+        VerificationError, match=r"channel_02, block 5.*shard \(1, 2\) is not there"
+    ):
         verify(made[1], progress=False)
 
 

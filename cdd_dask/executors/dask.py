@@ -37,7 +37,7 @@ SECONDS_BETWEEN_CHECKS = 5.0
 
 
 @contextmanager
-def _losses_told() -> Iterator[None]:
+def losses_told() -> Iterator[None]:
     """Say what to do where the scheduler cannot be reached, or a worker that was asked."""
     try:
         yield
@@ -80,9 +80,9 @@ class DaskExecutor(Executor):
         self._peaks: Peaks | None = None
         self._run = uuid.uuid4().hex[:8]
         try:
-            with _losses_told():
+            with losses_told():
                 client.register_plugin(_Prepare(prepare), name=f"cdd-dask-{self._run}")
-                info = workers_of(client)
+            info = workers_of(client)
         except BaseException:
             self.close()
             raise
@@ -130,7 +130,7 @@ class DaskExecutor(Executor):
         if self.client.status != "running":
             raise _lost(f"the client is {self.client.status}")
 
-    @_losses_told()
+    @losses_told()
     def everywhere(self, function: Callable[..., Any], *args: Any) -> dict[str, Any]:
         return dict(self.client.run(function, *args, on_error="return"))
 
@@ -152,7 +152,7 @@ class DaskExecutor(Executor):
             for address, worker in _known_workers(self.client).items()
         }
 
-    @_losses_told()
+    @losses_told()
     def has_begun(self, future: Any) -> bool:
         return self._worker_of(future) is not None
 
@@ -161,7 +161,7 @@ class DaskExecutor(Executor):
         held = self.client.processing().items()
         return next((address for address, keys in held if future.key in keys), None)
 
-    @_losses_told()
+    @losses_told()
     def abandon(self, future: Any, number: int, pending: Collection[Any]) -> Collection[Any]:
         address = self._worker_of(future)
         known = _known_workers(self.client)
@@ -175,7 +175,7 @@ class DaskExecutor(Executor):
             )
         return (future,)
 
-    @_losses_told()
+    @losses_told()
     def cancel(self, futures: Collection[Any], hurry: bool = False) -> None:
         if not futures or self.client.status != "running":
             return
@@ -259,6 +259,8 @@ def workers_of(client: Any) -> dict[str, Any]:
     ------
     InputError
         If `client` is no connected client.
+    RunError
+        If the scheduler does not answer any more.
     """
     if not hasattr(client, "scheduler_info") or getattr(client, "asynchronous", False):
         raise InputError(f"client={client!r} must be a synchronous distributed.Client")
@@ -270,6 +272,7 @@ def workers_of(client: Any) -> dict[str, Any]:
     return info
 
 
+@losses_told()
 def _known_workers(client: Any) -> dict[str, Any]:
     """What the scheduler knows of its workers now, by address."""
     # `client.scheduler_info` may return what the client's own periodic look has just found, which

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 from cdd_dask.blocks import Region
@@ -21,7 +22,7 @@ def parse_channels(text: str) -> list[int | str]:
     [0, 2, 'residual']
     """
     names = [name.strip() for name in text.split(",")]
-    return [int(name) if name.isdecimal() else name for name in names]
+    return [int(name) if re.fullmatch(r"\d{1,18}", name) else name for name in names]
 
 
 def parse_region(text: str) -> Region:
