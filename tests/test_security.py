@@ -464,7 +464,7 @@ def test_a_scheduler_is_reached_by_tls(tmp_path: Path):
     }
     with LocalCluster(
         n_workers=1, threads_per_worker=1, protocol="tls", host="127.0.0.1", security=security,
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",
     ) as cluster:  # fmt: skip
         address = cluster.scheduler_address
         assert address.startswith("tls://127.0.0.1:")
