@@ -136,6 +136,12 @@ def marks_at(address: str, fingerprint: str, number: int, path: str) -> dict[int
     return marks
 
 
+def are_gathered(address: str, number: int) -> bool:
+    """Whether the marks of a pass lie together, twice, and nowhere else."""
+    names = objects.names_in(address, pass_path(number))
+    return "copy" in names and not any(name.startswith("block_") for name in names)
+
+
 def gather_marks(address: str, fingerprint: str, number: int, marks: Iterable[Mark]) -> None:
     """Write all marks of a pass as one, twice, and remove those of its blocks."""
     held = sorted(marks, key=lambda mark: mark.block)

@@ -16,7 +16,14 @@ from cdd_dask.errors import CddError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.identity import fingerprint_of
-from cdd_dask.marks import Mark, gather_marks, read_marks, remove_marks, start_marks
+from cdd_dask.marks import (
+    Mark,
+    are_gathered,
+    gather_marks,
+    read_marks,
+    remove_marks,
+    start_marks,
+)
 from cdd_dask.plans import Pass, Plan, Stage
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, locate_bad_value
@@ -198,6 +205,8 @@ def carry_out(
             start_marks(address, number)
             blocks = sorted(left[number])
             marks |= _run_pass(plan, source, batch, blocks, executor, progress, check)
+        # also those of a run that was stopped after the last block
+        if marks and not are_gathered(address, number):
             gather_marks(address, fingerprint, number, marks.values())
         progress.skip(_work(plan, one) * (one.tasks - len(left[number])))
         for block in sorted(marks):  # in this order, so that sums are the same to the bit

@@ -8,11 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import kill
+
+import cdd_dask
+from cdd_dask import run
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="there are no such signals")
 
@@ -21,6 +26,30 @@ def test_killed_at_random_moments(tmp_path: Path):
     """The same store as that of an undisturbed run; redone is only what was in flight."""
     killer = kill.hunt(tmp_path, kills=6, seed=0, kinds=("cells",))
     assert kill.report(killer)
+
+
+def test_killed_before_marks_are_gathered(
+    tmp_path: Path, lognormal: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """The next run gathers them, though nothing of that pass is left to do."""
+    np.save(tmp_path / "field.npy", lognormal((48, 48, 30)))
+    options: dict[str, Any] = {"max_scale": 4, "e_rel": 0.3, "block": 16, "progress": False}
+
+    gather = run.gather_marks
+
+    def killed(address: str, fingerprint: str, number: int, marks: Any) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        gather(address, fingerprint, number, marks)
+
+    monkeypatch.setattr(run, "gather_marks", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cdd_dask.decompose(tmp_path / "field.npy", tmp_path / "out.zarr", **options)
+    monkeypatch.undo()
+    done = tmp_path / "out.zarr/done/pass_0001"
+    assert len(list(done.glob("block_*"))) == 18
+    cdd_dask.decompose(tmp_path / "field.npy", tmp_path / "out.zarr", **options)
+    assert {path.name for path in done.iterdir()} == {"zarr.json", "copy"}
 
 
 @pytest.mark.slow

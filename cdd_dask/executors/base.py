@@ -41,6 +41,10 @@ class Executor(ABC):
     def wait(self, futures: Collection[Any], timeout: float | None = None) -> Iterable[Any]:
         """Block until some of `futures` are done, or for `timeout` seconds; those that are done."""
 
+    def result(self, future: Any) -> Any:
+        """What the task of a `future` that is done has returned; raises what it has raised."""
+        return future.result()
+
     @abstractmethod
     def worker_died(self, error: BaseException) -> bool:
         """Whether `error` says that the process computing a task was lost."""

@@ -126,6 +126,12 @@ class DaskExecutor(Executor):
                 if done or time.monotonic() >= end:
                     return done
 
+    def result(self, future: Any) -> Any:
+        if future.status != "finished":
+            return future.result()  # raises
+        with losses_told():
+            return future.result()
+
     def _check_scheduler(self) -> None:
         if self.client.status != "running":
             raise _lost(f"the client is {self.client.status}")

@@ -84,7 +84,7 @@ class Loop:
                 for future in list(self.executor.wait(self.pending, self._until_next())):
                     attempt = self.pending.pop(future)
                     try:
-                        result = future.result()
+                        result = self.executor.result(future)
                     except (Exception, CancelledError) as error:
                         self._see_to(attempt, error)
                     else:
