@@ -338,7 +338,7 @@ def plan(
     >>> import cdd_dask
     >>> made = cdd_dask.plan((512, 512, 512), max_scale=8, memory="500MB")
     >>> made.block, made.peak_memory < 500_000_000
-    ((192, 192, 256), True)
+    ((256, 256, 256), True)
     """
     arguments = locals()
     is_shape = isinstance(source_or_shape, tuple | list) and all(

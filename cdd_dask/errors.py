@@ -84,6 +84,9 @@ class DifferentRunError(OutputExistsError):
 class BudgetError(CddError, MemoryError):
     """The plan needs more memory than it may use."""
 
+    # that of MemoryError refuses to make subclasses of others, as unpickling asks it to
+    __new__ = Exception.__new__  # type: ignore[assignment]
+
 
 class DiskSpaceError(CddError, OSError):
     """The output does not fit on its disk."""
