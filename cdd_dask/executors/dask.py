@@ -8,9 +8,11 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
+import dask
 from distributed import WorkerPlugin
 
 from cdd_dask.errors import InputError, RunError
@@ -98,16 +100,17 @@ class DaskExecutor(Executor):
         key = (f"{name}-{self._run}", number, uuid.uuid4().hex[:4])
         elsewhere = self._elsewhere.pop(number, None) or None
         self._check_scheduler()
-        return self.client.submit(
-            function,
-            task,
-            key=key,
-            pure=False,
-            resources=self._resources,
-            retries=0,
-            workers=elsewhere,
-            allow_other_workers=elsewhere is not None,
-        )
+        with dask.annotate(span=_span()):
+            return self.client.submit(
+                function,
+                task,
+                key=key,
+                pure=False,
+                resources=self._resources,
+                retries=0,
+                workers=elsewhere,
+                allow_other_workers=elsewhere is not None,
+            )
 
     def wait(self, futures: Collection[Any], timeout: float | None = None) -> Iterable[Any]:
         from distributed import wait
@@ -207,6 +210,19 @@ class DaskExecutor(Executor):
                 self.client.unregister_worker_plugin(f"cdd-dask-{self._run}")
 
 
+@lru_cache(maxsize=1)
+def _span() -> dict[str, Any]:
+    """The one span, in Dask's sense, of all tasks that this process submits.
+
+    The scheduler would else begin one for every few of them, and keep it for ever.
+    """
+    from distributed import span
+
+    with span("cdd-dask"):
+        annotation: dict[str, Any] = dask.get_annotations()["span"]
+    return annotation
+
+
 class _Prepare(WorkerPlugin):  # type: ignore[misc]  # distributed is not typed
     """Makes a worker ready when it joins: also one that comes late, or again."""
 
@@ -231,7 +247,6 @@ def _computes(run: str, dask_worker: Any) -> bool:
 
 def start_local_cluster(workers: int) -> tuple[Any, Any]:
     """A cluster of `workers` processes with one thread each on this machine, and its client."""
-    import dask
     from distributed import Client, LocalCluster
 
     settings = {
