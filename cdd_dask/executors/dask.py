@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-import dask
+import dask.utils
 from distributed import WorkerPlugin
 
 from cdd_dask.errors import InputError, RunError
@@ -208,6 +208,7 @@ class DaskExecutor(Executor):
         elif self.client.status == "running":
             with suppress(OSError, ValueError):  # a scheduler that was started anew has none
                 self.client.unregister_worker_plugin(f"cdd-dask-{self._run}")
+                self.client.run_on_scheduler(_forget_keys)
 
 
 @lru_cache(maxsize=1)
@@ -231,6 +232,14 @@ class _Prepare(WorkerPlugin):  # type: ignore[misc]  # distributed is not typed
 
     def setup(self, worker: Any) -> None:
         self._prepare()
+
+    def teardown(self, worker: Any) -> None:
+        _forget_keys()
+
+
+def _forget_keys() -> None:
+    """Empty Dask's cache of keys, which holds 100 000: those of a run are never used again."""
+    dask.utils.key_split.cache_clear()
 
 
 def all_have_gpus(info: dict[str, Any]) -> bool:
