@@ -112,6 +112,10 @@ class RunError(CddError, RuntimeError):
     """A run that had begun could not go on."""
 
 
+class ClusterError(RunError):
+    """A run lost its cluster's scheduler."""
+
+
 class BlockError(RunError):
     """A block could not be computed; the message names the block and its region."""
 

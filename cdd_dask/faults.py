@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any
 
-from cdd_dask.errors import InputError, StoreError
+from cdd_dask.errors import ClusterError, InputError, StoreError
 
 CALL_TRIES = 6
 """How often a call to storage is tried that fails for a passing reason."""
@@ -137,8 +137,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def stops(error: BaseException) -> bool:
-    """Whether an error, or one that caused it, ends a run: data or a store that are not usable."""
-    return any(isinstance(one, InputError | StoreError) for one in _chain(error))
+    """Whether an error, or one that caused it, ends a run: it needs data, a store and a cluster."""
+    return any(isinstance(one, ClusterError | InputError | StoreError) for one in _chain(error))
 
 
 def wait_before(tries: int, draw: Callable[[], float] = random.random) -> float:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +57,6 @@ SECONDS_TO_GIVE_UP = 240.0
 """Without any progress."""
 DONE_COPY = "done/zarr.json"
 """The copy of the root's attributes, which name the run."""
-SLACK = 10_000_000
-"""Nanoseconds from a kill's signal to the death."""
 
 
 @dataclass
@@ -75,46 +73,6 @@ class Found:
     """Voxels that differ from those of an undisturbed run."""
     differences: list[str] = field(default_factory=list)
     """Whatever else differs."""
-
-
-@dataclass(frozen=True)
-class Executions:
-    """What the records tell of executed tasks."""
-
-    tasks: int
-    count: int
-    in_flight: int
-    """Executions that had begun and not ended when something was killed."""
-    unexplained: int
-    """Blocks redone though no execution of them was in flight at a kill."""
-
-    @property
-    def redone(self) -> int:
-        return self.count - self.tasks
-
-    @classmethod
-    def of(cls, folder: Path, kills: list[int]) -> Executions:
-        """Count the records in a folder."""
-        begun: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)
-        ended: dict[str, float] = {}
-        names = os.listdir(folder)
-        kills = kills + [int(name.partition("~")[2]) for name in names if name.startswith("torn")]
-        for name in names:
-            what, *about, when = name.split("~")
-            if what == "begun":
-                output, number, block, execution = about
-                begun[output, number, block][execution] = int(when)
-            elif what == "ended":
-                ended[about[-1]] = int(when)
-        in_flight = unexplained = 0
-        for executions in begun.values():
-            hit = sum(
-                any(start - SLACK <= kill <= ended.get(one, float("inf")) + SLACK for kill in kills)
-                for one, start in executions.items()
-            )
-            in_flight += hit
-            unexplained += max(0, len(executions) - 1 - hit)
-        return cls(len(begun), sum(map(len, begun.values())), in_flight, unexplained)
 
 
 class Cluster:
@@ -170,7 +128,7 @@ class Cluster:
         for name in ("worker", "nanny"):
             with suppress(psutil.Error):
                 parent = psutil.Process(self.processes[name].pid)
-                found += [parent, *(one for one in parent.children() if _computes(one))]
+                found += [parent, *(one for one in parent.children() if _is_worker(one))]
         return found
 
     def close(self) -> None:
@@ -180,7 +138,7 @@ class Cluster:
         self._log.close()
 
 
-def _computes(process: psutil.Process) -> bool:
+def _is_worker(process: psutil.Process) -> bool:
     return any("spawn_main" in part for part in process.cmdline())
 
 
@@ -189,6 +147,18 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def command_of(kind: str, source: Path, out: Path, scheduler: str) -> list[str]:
+    """The client's command line for a job."""
+    options = []
+    for name, value in {**JOBS[kind], "e_rel": 0.3}.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        options += [f"--{name.replace('_', '-')}", text]
+    return [
+        *(sys.executable, "-m", "cdd_dask.cli", "decompose", str(source), str(out)),
+        *("--scheduler", scheduler, "--quiet", *options),
+    ]
 
 
 class Killer:
@@ -206,14 +176,7 @@ class Killer:
 
     def job(self, kind: str, source: Path, out: Path) -> None:
         """One job, from its first client to the one that ends well."""
-        options = []
-        for name, value in {**JOBS[kind], "e_rel": 0.3}.items():
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            options += [f"--{name.replace('_', '-')}", text]
-        command = [
-            *(sys.executable, "-m", "cdd_dask.cli", "decompose", str(source), str(out)),
-            *("--scheduler", self.cluster.address, "--quiet", *options),
-        ]
+        command = command_of(kind, source, out, self.cluster.address)
         self._plan_kill()
         progress, seen = time.monotonic(), 0
         while True:
@@ -364,7 +327,7 @@ def hunt(
 def report(killer: Killer) -> bool:
     """Print what was found, and whether it is as it must be."""
     found = killer.found
-    executions = Executions.of(killer.cluster.records, found.times)
+    executions = recording.Executions.of(killer.cluster.records, found.times)
     rows = {
         **{f"kills of {kind}": count for kind, count in sorted(found.kills.items())},
         "jobs completed": found.runs,

@@ -14,6 +14,8 @@ import random
 import signal
 import time
 import uuid
+from collections import defaultdict
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from threading import local
@@ -27,6 +29,9 @@ FOLDER = "CDD_RECORDS"
 """Environment variable that names the folder."""
 TORN = "CDD_TORN"
 """Environment variable with the share of writes that are torn."""
+
+SLACK = 10_000_000
+"""Nanoseconds from a kill's signal to the death."""
 
 _current = local()
 
@@ -86,3 +91,43 @@ def dask_setup(worker: Any) -> None:
     share = float(os.environ.get(TORN, 0))
     if share:
         _local._put = tearing(_local._put, share)
+
+
+@dataclass(frozen=True)
+class Executions:
+    """What the records tell of executed tasks."""
+
+    tasks: int
+    count: int
+    in_flight: int
+    """Executions that had begun and not ended when something was killed."""
+    unexplained: int
+    """Blocks redone though no execution of them was in flight at a kill."""
+
+    @property
+    def redone(self) -> int:
+        return self.count - self.tasks
+
+    @classmethod
+    def of(cls, folder: Path, kills: list[int]) -> Executions:
+        """Count the records in a folder."""
+        begun: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)
+        ended: dict[str, float] = {}
+        names = os.listdir(folder)
+        kills = kills + [int(name.partition("~")[2]) for name in names if name.startswith("torn")]
+        for name in names:
+            what, *about, when = name.split("~")
+            if what == "begun":
+                output, number, block, execution = about
+                begun[output, number, block][execution] = int(when)
+            elif what == "ended":
+                ended[about[-1]] = int(when)
+        in_flight = unexplained = 0
+        for executions in begun.values():
+            hit = sum(
+                any(start - SLACK <= kill <= ended.get(one, float("inf")) + SLACK for kill in kills)
+                for one, start in executions.items()
+            )
+            in_flight += hit
+            unexplained += max(0, len(executions) - 1 - hit)
+        return cls(len(begun), sum(map(len, begun.values())), in_flight, unexplained)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import kill
+import recording
 
 import cdd_dask
 from cdd_dask import run
@@ -26,6 +30,27 @@ def test_killed_at_random_moments(tmp_path: Path):
     """The same store as that of an undisturbed run; redone is only what was in flight."""
     killer = kill.hunt(tmp_path, kills=6, seed=0, kinds=("cells",))
     assert kill.report(killer)
+
+
+def test_a_client_whose_scheduler_is_killed_ends(tmp_path: Path):
+    """By itself, soon, and in one line that says what to do."""
+    np.save(tmp_path / "field.npy", np.ones((kill.SIDE,) * 3, "float32"))
+    out = tmp_path / "out.zarr"
+    with closing(kill.Cluster(tmp_path, torn=0.0)) as cluster:
+        cluster.tend()
+        command = kill.command_of("halos", tmp_path / "field.npy", out, cluster.address)
+        client = Popen(command, stderr=PIPE, text=True)
+        while not list(cluster.records.glob("begun*")):
+            if client.poll() is not None:  # no worker was there yet
+                client.communicate()
+                client = Popen(command, stderr=PIPE, text=True)
+            time.sleep(0.1)
+        kill.kill_tree(cluster.processes["scheduler"])
+        _, told = client.communicate(timeout=kill.SECONDS_TO_END)
+    assert client.returncode == 1
+    assert "scheduler" in told
+    assert "run the same command again" in told
+    assert len(told.splitlines()) == 1, told
 
 
 def test_killed_before_marks_are_gathered(
@@ -63,6 +88,6 @@ def test_killed_more_often(tmp_path: Path, torn: float):
 def test_without_done_marks_more_is_redone(tmp_path: Path):
     """What the marks are for: the script notices that they lack."""
     killer = kill.hunt(tmp_path, kills=6, seed=0, marks=False, kinds=("cells",))
-    executions = kill.Executions.of(killer.cluster.records, killer.found.times)
+    executions = recording.Executions.of(killer.cluster.records, killer.found.times)
     assert executions.unexplained > 10
     assert killer.found.wrong == 0

@@ -15,7 +15,7 @@ from typing import Any
 import dask.utils
 from distributed import WorkerPlugin
 
-from cdd_dask.errors import InputError, RunError
+from cdd_dask.errors import ClusterError, InputError, RunError
 from cdd_dask.executors.base import NO_PROCESSES, SECONDS_FOR_THE_LAST, Executor
 from cdd_dask.executors.processes import (
     SECONDS_BETWEEN_LOOKS,
@@ -47,8 +47,8 @@ def losses_told() -> Iterator[None]:
         raise _lost(error) from error
 
 
-def _lost(why: object) -> RunError:
-    return RunError(
+def _lost(why: object) -> ClusterError:
+    return ClusterError(
         f"the cluster has lost its scheduler, or a worker that was asked ({why}): see that it "
         "runs, and run the same command again, finished blocks are kept"
     )
@@ -289,7 +289,7 @@ def workers_of(client: Any) -> dict[str, Any]:
     ------
     InputError
         If `client` is no connected client.
-    RunError
+    ClusterError
         If the scheduler does not answer any more.
     """
     if not hasattr(client, "scheduler_info") or getattr(client, "asynchronous", False):
