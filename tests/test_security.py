@@ -276,6 +276,18 @@ def test_a_page_larger_than_memory_is_not_decoded(tmp_path: Path, monkeypatch: p
         open_source(tmp_path / "in.tif")
 
 
+def test_a_fits_file_without_end(tmp_path: Path):
+    """A negative size makes an HDU follow itself, as often as one looks."""
+    fits = pytest.importorskip("astropy.io.fits")
+    fits.writeto(tmp_path / "in.fits", np.zeros((12, 64), "f4"))
+    data = (tmp_path / "in.fits").read_bytes()
+    (tmp_path / "in.fits").write_bytes(
+        data.replace(b"                  64", b"                 -64")
+    )
+    with pytest.raises(SourceReadError, match="HDU 1 begins before"):
+        open_source(tmp_path / "in.fits")
+
+
 def test_a_source_that_fails_while_it_is_read(tmp_path: Path):
     """Any error of a library is one of ours, at whatever moment it comes."""
     array = zarr.create_array(tmp_path / "in.zarr", shape=(4,), chunks=(4,), dtype="f4")

@@ -105,9 +105,15 @@ def open_fits(path: Path, part: str | None = None) -> Source:
 
 def _choose(path: Path, hdus: Any, part: str | None) -> int:
     """Number of the HDU that `part` means: an image with data."""
-    images: dict[int, Any] = {
-        n: h for n, h in enumerate(hdus) if h.is_image and h.header.get("NAXIS", 0) > 0
-    }
+    images: dict[int, Any] = {}
+    before = -1
+    for n, hdu in enumerate(hdus):
+        # of a negative size the next HDU would be the same again, for ever
+        if (place := hdu.fileinfo()["hdrLoc"]) <= before:
+            raise SourceReadError(f"{path} is damaged: HDU {n} begins before the one before it")
+        before = place
+        if hdu.is_image and hdu.header.get("NAXIS", 0) > 0:
+            images[n] = hdu
     if not images:
         raise SourceReadError(f"{path} holds no FITS image")
     if part is None:
