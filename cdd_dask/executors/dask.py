@@ -208,7 +208,8 @@ class DaskExecutor(Executor):
         elif self.client.status == "running":
             with suppress(OSError, ValueError):  # a scheduler that was started anew has none
                 self.client.unregister_worker_plugin(f"cdd-dask-{self._run}")
-                self.client.run_on_scheduler(_forget_keys)
+            with suppress(Exception):  # memory is all that it is about
+                self.client.run_on_scheduler(_forget_tasks, _span()["ids"][-1])
 
 
 @lru_cache(maxsize=1)
@@ -240,6 +241,14 @@ class _Prepare(WorkerPlugin):  # type: ignore[misc]  # distributed is not typed
 def _forget_keys() -> None:
     """Empty Dask's cache of keys, which holds 100 000: those of a run are never used again."""
     dask.utils.key_split.cache_clear()
+
+
+def _forget_tasks(span_id: str, dask_scheduler: Any) -> None:
+    """Have a scheduler drop what it would keep of ended tasks: a span remembers every one."""
+    _forget_keys()
+    span = dask_scheduler.extensions["spans"].spans[span_id]
+    span.groups -= {group for group in span.groups if group.done}
+    span.metadata["collections"].clear()
 
 
 def all_have_gpus(info: dict[str, Any]) -> bool:
