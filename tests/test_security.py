@@ -9,7 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -422,29 +422,25 @@ def test_a_signed_url_in_a_storage_error_is_redacted(monkeypatch: pytest.MonkeyP
 # clusters
 
 
-@pytest.fixture
-def local_cluster() -> Iterator[Any]:
-    """The cluster that a run would start."""
-    from cdd_dask.executors.dask import start_local_cluster
-
-    cluster, client = start_local_cluster(1)
-    yield cluster
-    client.close()
-    cluster.close()
-
-
-def test_a_cluster_of_ours_listens_on_the_loopback_only(local_cluster: Any):
+def test_a_cluster_of_ours_listens_on_the_loopback_only():
     """Scheduler, dashboard, nannies and workers: whoever reaches one could run code there."""
     psutil = pytest.importorskip("psutil")
-    me = psutil.Process()
-    listening = {
-        connection.laddr.ip
-        for process in (me, *me.children(recursive=True))
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening == {"127.0.0.1"}
-    assert local_cluster.scheduler_address.startswith("tcp://127.0.0.1:")
+    from cdd_dask.executors.dask import start_local_cluster
+
+    def listening() -> set[tuple[int, str, int]]:
+        me = psutil.Process()
+        return {
+            (process.pid, *connection.laddr)
+            for process in (me, *me.children(recursive=True))
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+
+    before = listening()  # this process may hold clusters of other tests
+    cluster, client = start_local_cluster(1)
+    with cluster, client:
+        assert {ip for _, ip, _ in listening() - before} == {"127.0.0.1"}
+        assert cluster.scheduler_address.startswith("tcp://127.0.0.1:")
 
 
 def test_a_scheduler_is_reached_by_tls(tmp_path: Path):
