@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
 from functools import partial
 from numbers import Integral
@@ -14,7 +14,7 @@ from typing import Any
 from cdd_dask import store
 from cdd_dask.calibration import calibrate as run_calibration
 from cdd_dask.decomposition import Decomposition, open_decomposition
-from cdd_dask.errors import CddError, InputError, OutputAccessError, OutputExistsError
+from cdd_dask.errors import CddError, InputError, OutputAccessError, OutputExistsError, StoreError
 from cdd_dask.executors import IN_PROCESS, start_executor
 from cdd_dask.identity import check_same, identity_of, source_identity
 from cdd_dask.lease import Lease
@@ -27,8 +27,8 @@ from cdd_dask.preflight import preflight
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, open_source
 from cdd_dask.resources import resolve_resources
-from cdd_dask.resuming import find_begun
-from cdd_dask.run import execute, go_on_with_store, prepare_store
+from cdd_dask.resuming import Begun, find_begun
+from cdd_dask.run import clean_up, execute, go_on_with_store, prepare_store
 from cdd_dask.task import limited_threads, prepare_process
 
 log = logging.getLogger(__name__)
@@ -220,6 +220,7 @@ def decompose(
         if begun is not None:
             made = begun.plan(*request, identity, scratch)
             if begun.complete:
+                _clean_up_after_others(made, begun)
                 log.info("%s is complete: nothing is left to do", address)
                 return open_decomposition(address)
         else:
@@ -438,6 +439,14 @@ def _block(block: Sequence[int] | int | None, ndim: int) -> tuple[int, ...] | No
     return tuple(check_count("block", side) for side in sides)
 
 
+def _clean_up_after_others(made: Plan, begun: Begun) -> None:
+    """Remove what a run leaves that is killed when its output is complete, the lease at last."""
+    with suppress(OSError, StoreError):  # it stays then, and does no harm
+        if Lease.read(begun.address) is not None:
+            with Lease(begun.address):
+                clean_up(made, begun.address, begun.attributes["run"])
+
+
 def _begin(
     made: Plan,
     source: Source,
@@ -452,6 +461,8 @@ def _begin(
         begun = None if overwrite or address.startswith(IN_MEMORY) else find_begun(address)
         if begun is not None:
             check_same(begun.attributes["identity"], identity, address)
+            if begun.complete:  # by now
+                return str(begun.attributes["run"])
             return go_on_with_store(made, source, address)
         if "://" not in address and not address.startswith(IN_MEMORY):
             if check_vacant(Path(address), overwrite):

@@ -42,6 +42,10 @@ TILE_SHARES = (0.95, 0.8, 0.6, 0.4, 0.2)
 """Shares of a task's memory that a tile on the refined grid may take; the planner tries all."""
 MOST_WORK = 3
 """Work of a channel, over that of its steps without halos, which is avoided if it can be."""
+WORTH = 4
+"""Times the fastest way's time that avoiding it may take."""
+REOPENING = 0.02
+"""Seconds that a further pass takes for a block besides steps and bytes, roughly."""
 SMALL_HALO = 1.15
 """Voxels with halos over those without, below which halos are not worth another pass."""
 
@@ -143,11 +147,17 @@ class Draft:
         others: list[Regime] = []
         for option in options:
             (fitting if self._fits(grid, k, option) else others).append(option)
-        if fitting:
-            most = MOST_WORK * self.steps[k].count * math.prod(grid.shape)
-            cheap = [option for option in fitting if self.work(grid, k, option) <= most]
-            return min(cheap or fitting, key=lambda option: self.channel_seconds(grid, k, option))
-        return min(others, key=lambda option: self.host(grid, k, option))
+        if not fitting:
+            return min(others, key=lambda option: self.host(grid, k, option))
+        seconds = {option: self.channel_seconds(grid, k, option) for option in fitting}
+        most = MOST_WORK * self.steps[k].count * math.prod(grid.shape)
+        allowed = WORTH * min(seconds.values())
+        cheap = [
+            option
+            for option in fitting
+            if self.work(grid, k, option) <= most and seconds[option] <= allowed
+        ]
+        return min(cheap or fitting, key=seconds.__getitem__)
 
     def _fits(self, grid: Grid, k: int, option: Regime) -> bool:
         """Whether tasks of channel `k` fit the memory, what stays there being a guess."""
@@ -399,6 +409,8 @@ class Draft:
         on_cells = regime.cells is not None
         per_step = self.resources.speeds.per_step(radius, on_cells or any(regime.levels))
         stepping = self.work(grid, k, regime) * per_step
+        if not on_cells:
+            stepping += (len(regime.parts) - 1) * len(grid) * REOPENING
         return self.seconds_of(grid, stepping, *self.moved_bytes(grid, k, regime))
 
     def work(self, grid: Grid, k: int, regime: Regime) -> int:

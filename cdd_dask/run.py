@@ -137,27 +137,35 @@ def execute(
         If a block cannot be computed, or the store cannot be written.
     """
     try:
-        left = unfinished(plan, address, store.attributes_of(address, run))
-        done, passes = plan.tasks - sum(map(len, left)), plan.passes
+        attributes = store.attributes_of(address, run)
+        if attributes["complete"]:  # since this run looked
+            clean_up(plan, address, run)
+            return
+        left = unfinished(plan, address, attributes)
+        done = plan.tasks - sum(map(len, left))
         if done:
             log.info("going on: %d of %d blocks are done", done, plan.tasks)
         totals = Totals()
         carry_out(plan, source, address, run, executor, progress, left, totals, check=check)
         known, outcome = outcome_of(plan, totals)
-        scratch = store.scratch_of(address, run)
         store.finish_store(address, run, known, outcome)
-        # only now: without them nobody could tell that these passes are done
-        for number, one in enumerate(passes):
-            if not outputs(plan, one):
-                remove_marks(address, number)
-        if scratch:
-            store.remove_scratch(scratch, run)
+        clean_up(plan, address, run)
     except (OSError, StoreError) as error:
         if isinstance(error, CddError) and not isinstance(error, StoreError):
             raise
         raise RunError(
             f"the run stopped, and {address} is left incomplete: {error}; run it again to go on"
         ) from error
+
+
+def clean_up(plan: Plan, address: str, run: str) -> None:
+    """Remove what a complete store does not need: only now, for a run that goes on needs it."""
+    for number, one in enumerate(plan.passes):
+        if not outputs(plan, one):
+            remove_marks(address, number)
+    scratch = store.scratch_of(address, run)
+    if scratch:
+        store.remove_scratch(scratch, run)
 
 
 def outcome_of(plan: Plan, totals: Totals) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from test_closure import blobs, noise, signed, turbulence
 
 import cdd_dask
-from cdd_dask import store
+from cdd_dask import drafts, store
 from cdd_dask.decomposition import Decomposition
 from cdd_dask.errors import BudgetError
 from cdd_dask.plans import Plan
@@ -91,6 +91,12 @@ def compare(
     return whole, blocked
 
 
+@pytest.fixture
+def free_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A further pass costs no more than its bytes, as in blocks far larger than those here."""
+    monkeypatch.setattr(drafts, "REOPENING", 0.0)
+
+
 # how exact
 
 
@@ -124,6 +130,7 @@ def test_closure_in_three_dimensions(kind: str):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("free_passes")
 @pytest.mark.parametrize("kind", FIELDS_2D)
 def test_all_channels_from_the_finest(kind: str):
     """Every default channel of a volume in small blocks, errors of the one before included."""
@@ -186,6 +193,7 @@ CASES["closure constant 2"] = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("free_passes")
 @pytest.mark.parametrize("case", CASES)
 def test_regimes(case: str):
     """Each is as exact as it should be, in as little memory as will do."""
@@ -370,6 +378,12 @@ def test_working_arrays_are_there_when_they_are_read(
         if stage.cell_domain:
             for n, block, level in zip(shape, plan.block, stage.levels, strict=True):
                 assert block == n or block % 2**level == 0
+
+
+def test_small_blocks_are_not_opened_again_and_again():
+    """A further pass over small blocks takes longer than their halos do."""
+    counts = [len(stage.parts) for stage in cdd_dask.plan((53, 105, 105), block=40).stages]
+    assert max(counts) <= 4
 
 
 def check_passes(plan: Plan) -> None:

@@ -378,6 +378,32 @@ def test_a_second_run_is_refused(tmp_path: Path, lognormal: Any):
     assert cdd_dask.open_decomposition(out)
 
 
+def test_what_is_left_beside_a_complete_output_goes(
+    tmp_path: Path, lognormal: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """By a run that was killed between the end of its work and its own."""
+    options, out = {**BASE, "scratch": tmp_path}, tmp_path / "out.zarr"
+    np.save(tmp_path / "field.npy", lognormal((48, 48, 30)))
+
+    def killed(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "clean_up", killed)
+        patch.setattr(lease.Lease, "__exit__", killed)
+        with pytest.raises(Stopped):
+            cdd_dask.decompose(tmp_path / "field.npy", out, **options)
+    assert cdd_dask.open_decomposition(out)
+    names = {path.name for path in (*out.rglob("*"), *tmp_path.iterdir())}
+    assert {"pass_0000", "lease"} < names
+    assert any(name.startswith("cdd-dask-") for name in names)
+    monkeypatch.setattr(lease.Holder, "is_gone", True)
+    cdd_dask.decompose(tmp_path / "field.npy", out, **options)
+    names = {path.name for path in (*out.rglob("*"), *tmp_path.iterdir())}
+    assert not names & {"pass_0000", "lease"}
+    assert not any(name.startswith("cdd-dask-") for name in names)
+
+
 @pytest.mark.parametrize(
     ("change", "free"),
     [
