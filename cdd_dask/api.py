@@ -19,7 +19,14 @@ from cdd_dask.executors import IN_PROCESS, start_executor
 from cdd_dask.identity import check_same, identity_of, source_identity
 from cdd_dask.lease import Lease
 from cdd_dask.objects import IN_MEMORY, new_memory_store
-from cdd_dask.output import check_apart, check_output, check_scratch, check_vacant, output_address
+from cdd_dask.output import (
+    check_apart,
+    check_output,
+    check_scratch,
+    check_vacant,
+    output_address,
+    scratch_address,
+)
 from cdd_dask.parameters import MAX_NDIM, Parameters, check_count
 from cdd_dask.planner import make_plan
 from cdd_dask.plans import Plan, Resources, Volume
@@ -208,6 +215,7 @@ def decompose(
     opened = open_source(source)
     request = _request(opened, arguments)
     identity: dict[str, Any] = {}
+    folder = None if scratch is None else scratch_address(scratch)
     if out is None:
         # the store lives as long as what is returned, which holds it
         address, _kept = new_memory_store()
@@ -218,7 +226,8 @@ def decompose(
         identity = source_identity(opened)
         begun = None if overwrite else find_begun(address)
         if begun is not None:
-            made = begun.plan(*request, identity, scratch)
+            made = begun.plan(*request, identity, folder)
+            folder = begun.scratch
             if begun.complete:
                 _clean_up_after_others(made, begun)
                 log.info("%s is complete: nothing is left to do", address)
@@ -226,8 +235,8 @@ def decompose(
         else:
             made = make_plan(*request)
             check_output(address, opened, made, overwrite)
-            if scratch is not None:
-                scratch = check_scratch(scratch, address, made)
+            if folder is not None:
+                check_scratch(folder, address, made)
     identity = identity_of(made, identity)
     resources = made.resources
     log.info(
@@ -248,13 +257,13 @@ def decompose(
     limits = limited_threads(*how) if in_process else nullcontext()
     progress_of = Progress(progress, sum(stage.work for stage in made.stages))
     with limits, pool:
-        preflight(made, opened, address, scratch, pool).enforce()
+        preflight(made, opened, address, folder, pool).enforce()
         with lease, progress_of as shown:
-            run = _begin(made, opened, address, identity, overwrite, scratch)
+            run, new = _begin(made, opened, address, identity, overwrite, folder)
             try:
                 execute(made, opened, address, run, pool, shown, lease.check)
             except BadValueError:
-                if "://" not in address and out is not None:
+                if new and "://" not in address and out is not None:
                     store.root_of_run(address, run)
                     store.remove_store(Path(address))  # this run made it, of data of no use
                 raise
@@ -453,23 +462,24 @@ def _begin(
     address: str,
     identity: dict[str, Any],
     overwrite: bool,
-    scratch: str | Path | None,
-) -> str:
-    """Make the store, in place of one that may go, or take over the one that is there."""
+    scratch: str | None,
+) -> tuple[str, bool]:
+    """Make the store, in place of one that may go, or take over the one that is there.
+
+    Returns the run's name, and whether it made the store.
+    """
     try:
         # looked at again, now that nobody else may write there
         begun = None if overwrite or address.startswith(IN_MEMORY) else find_begun(address)
         if begun is not None:
             check_same(begun.attributes["identity"], identity, address)
             if begun.complete:  # by now
-                return str(begun.attributes["run"])
-            return go_on_with_store(made, source, address)
+                return str(begun.attributes["run"]), False
+            return go_on_with_store(made, source, address), False
         if "://" not in address and not address.startswith(IN_MEMORY):
             if check_vacant(Path(address), overwrite):
                 store.remove_store(Path(address))
-        return prepare_store(
-            made, source, address, identity, None if scratch is None else str(scratch)
-        )
+        return prepare_store(made, source, address, identity, scratch), True
     except CddError:
         raise
     except (FileExistsError, ValueError) as error:  # Zarr's error where a group is

@@ -17,7 +17,7 @@ from cdd_dask.errors import (
     redacted,
 )
 from cdd_dask.executors import IN_PROCESS, start_executor
-from cdd_dask.output import check_output, check_scratch, output_address
+from cdd_dask.output import check_output, check_scratch, output_address, scratch_address
 from cdd_dask.preflight import CLIENT, Check, Preflight, preflight
 from cdd_dask.readers import open_source
 from cdd_dask.resuming import find_begun
@@ -97,7 +97,8 @@ def doctor(
         if opened is not None and out is not None and begun is None:
             check_output(address, opened, made, overwrite)
         if scratch is not None:
-            folder = check_scratch(scratch, address, made)
+            folder = scratch_address(scratch)
+            check_scratch(folder, address, made)
     except CddError as error:
         refused.append(Check(CLIENT, "output", "failed", str(error)))
     resources = made.resources

@@ -22,7 +22,7 @@ from cdd_dask import __version__
 from cdd_dask.addresses import check_address
 from cdd_dask.config import load_config
 from cdd_dask.engines import ENGINES
-from cdd_dask.errors import CddError, RunError, VerificationError
+from cdd_dask.errors import AGAIN, CddError, RunError, VerificationError, redacted
 from cdd_dask.executors import EXECUTORS
 from cdd_dask.executors.processes import kill_children
 from cdd_dask.parameters import BLANKS, BOUNDARIES, DTYPES, KERNELS, MODES
@@ -413,12 +413,12 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         goes_on = sys.argv[1:2] in (["decompose"], ["repair"])
-        text = "stopped: run the same command again to go on" if goes_on else "interrupted"
+        text = f"stopped: {AGAIN} to go on" if goes_on else "interrupted"
         click.echo(text, err=True)
         terminated = isinstance(error.__cause__ or error, Terminated)
         sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     except (CddError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {redacted(str(error))}", err=True)
         refused = isinstance(error, CddError | FileNotFoundError)
         sys.exit(2 if refused and not isinstance(error, FAILURES) else 1)
 

@@ -53,6 +53,8 @@ class Decomposition:
     """
 
     def __init__(self, address: str, root: zarr.Group) -> None:
+        from cdd_dask.images import Image
+
         self._address = address
         known: Any = root.attrs.get(store.KEY)
         check_root(address, known)
@@ -70,7 +72,7 @@ class Decomposition:
             image: Any = root[store.image_path(name)]
             check_image(address, store.image_path(name), image, self.parameters, grid)
             self._groups[name] = group
-            images.append(image)
+            images.append(Image.of(image) if known["complete"] is True else image)
         self.channels: tuple[Any, ...] = tuple(images[:-1])
         self.residual: Any = images[-1]
 

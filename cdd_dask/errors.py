@@ -23,6 +23,9 @@ SECRET = re.compile(
 )
 """A parameter of a URL that opens what it names to everybody."""
 
+AGAIN = "run the same command again (without --overwrite)"
+"""What a user does whose run was stopped."""
+
 
 def redacted(text: str) -> str:
     """`text` without the credentials of URLs in it.

@@ -174,7 +174,7 @@ def _passes(error: BaseException) -> bool:
         return True
     if _status(error) in PASSING_STATUSES or _code(error) in PASSING_CODES:
         return True
-    return _of_library(error) and (
+    return is_of_library(error) and (
         any(PASSING_NAMES.search(kind.__name__) for kind in type(error).__mro__)
         or bool(PASSING_TEXT.search(str(error)))
     )
@@ -184,10 +184,11 @@ def _says_expired(error: BaseException) -> bool:
     if _code(error) in EXPIRED_CODES:
         return True
     refused = _status(error) in (401, 403) or isinstance(error, PermissionError)
-    return (refused or _of_library(error)) and "expired" in str(error).lower()
+    return (refused or is_of_library(error)) and "expired" in str(error).lower()
 
 
-def _of_library(error: BaseException) -> bool:
+def is_of_library(error: BaseException) -> bool:
+    """Whether a library that reaches stores made an error in a class of its own."""
     return any(kind.__module__.partition(".")[0] in LIBRARIES for kind in type(error).__mro__)
 
 
@@ -206,7 +207,7 @@ def _status(error: BaseException) -> int | None:
         number = str(candidate)
         if number.isdecimal() and 100 <= int(number) < 600:
             return int(number)
-    if _of_library(error) and (found := STATUS_IN_TEXT.search(str(error))):  # obstore
+    if is_of_library(error) and (found := STATUS_IN_TEXT.search(str(error))):  # obstore
         return int(found[1])
     return None
 

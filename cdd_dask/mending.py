@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,8 +106,8 @@ def repair(
     address = output_address(path)
     budget = available_memory() // 2 if memory is None else byte_count("memory", memory)
     Ledger.of(address)  # or there is nothing to repair, nor to hold a lease of
-    with Lease(address, break_lease):
-        mender = _Mender(Ledger.of(address), budget, scratch)
+    with Lease(address, break_lease) as lease:
+        mender = _Mender(Ledger.of(address), budget, scratch, lease.check)
         mender.restore_metadata()
         mender.mend_blocks(source, progress)
         mender.finish()
@@ -117,9 +117,11 @@ def repair(
 class _Mender:
     """One repair."""
 
-    def __init__(self, ledger: Ledger, budget: int, scratch: str | Path | None) -> None:
+    def __init__(
+        self, ledger: Ledger, budget: int, scratch: str | Path | None, check: Callable[[], None]
+    ) -> None:
         self._ledger, self._plan, self._address = ledger, ledger.plan, ledger.address
-        self._budget, self._scratch = budget, scratch
+        self._budget, self._scratch, self._check = budget, scratch, check
         self._fingerprint = ledger.attributes["fingerprint"]
         self.repaired: list[Damage] = []
         self.approximate: list[tuple[Damage, str]] = []
@@ -184,7 +186,7 @@ class _Mender:
             again, pool = str(folder / "again.zarr"), SerialExecutor()
             run = prepare_store(plan, source, again, known["identity"])
             needed = cone(plan, wanted)
-            carry_out(plan, source, again, run, pool, shown, needed, Totals(), nature)
+            carry_out(plan, source, again, run, pool, shown, needed, Totals(), nature, self._check)
             return [damage for damage in found if not self._copied(again, damage)]
 
     def _copied(self, again: str, damage: Damage) -> bool:
@@ -204,6 +206,7 @@ class _Mender:
 
     def _write(self, path: str, block: int, values: NDArray[Any]) -> None:
         """Write a block's shard anew: Zarr would keep what the old one holds beyond the volume."""
+        self._check()
         core = self._plan.grid.core(block)
         store.remove_block(self._address, path, core)
         store.write_block(self._address, path, core, values)
@@ -243,6 +246,11 @@ class _Mender:
             self.impossible += [(damage, why) for damage in found]
             return
         for block, damages in by_block.items():
+            if self._only_unmarked(source, block, damages):
+                kept = f"{why}; kept as it is, for the sum of the block's outputs is the source"
+                self._keep(damages)
+                self.approximate += [(damage, kept) for damage in damages]
+                continue
             if len(damages) > 1:
                 several = f"{why}; and several outputs of the block are damaged"
                 self.impossible += [(damage, several) for damage in damages]
@@ -256,17 +264,28 @@ class _Mender:
             self._mark_approximate(damage, values)
             self.approximate.append((damage, why))
 
+    def _keep(self, damages: list[Damage]) -> None:
+        """Mark a block's outputs again as they are: nothing proves them but their sum."""
+        for damage in damages:
+            path, core = store.image_path(damage.output), self._plan.grid.core(damage.block)
+            self._mark_approximate(damage, store.read_block(self._address, path, core))
+
+    def _only_unmarked(self, source: Source, block: int, damages: list[Damage]) -> bool:
+        """Whether a block lacks nothing but done marks: its values sum up to the source."""
+        return all(damage.readable for damage in damages) and self._sums_up(source, block)
+
     def _fits(self, source: Source, damaged: Collection[int]) -> bool:
         """Whether the source is the sum of the outputs in blocks that are not damaged."""
         whole = [block for block in range(len(self._plan.grid)) if block not in damaged]
+        some = whole[:: max(1, len(whole) // BLOCKS_COMPARED)]
+        return bool(whole) and all(self._sums_up(source, block) for block in some)
+
+    def _sums_up(self, source: Source, block: int) -> bool:
         known = Statistics.of_dict(self._ledger.attributes["source_statistics"])
         dtype = self._plan.parameters.dtype
         allowed = TOLERANCE * np.spacing(np.array(max(-known.min, known.max), dtype))
-        for block in whole[:: max(1, len(whole) // BLOCKS_COMPARED)]:
-            wanted = read_field(source, self._plan.grid.core(block), self._plan.parameters)
-            if difference(self._sum(block), wanted).max() > allowed:
-                return False
-        return bool(whole)
+        wanted = read_field(source, self._plan.grid.core(block), self._plan.parameters)
+        return bool(difference(self._sum(block), wanted).max() <= allowed)
 
     def _sum(self, block: int, leave_out: str = "") -> NDArray[np.float64]:
         """The sum of a block's outputs, in float64."""
@@ -278,7 +297,7 @@ class _Mender:
         return total
 
     def _mark_approximate(self, damage: Damage, values: NDArray[Any]) -> None:
-        """Note what the block now is, and in the attributes that it is not what the run wrote."""
+        """Note what the block now is, and in the attributes that it may not be what was written."""
         name, number = damage.output, self._ledger.writers[damage.output]
         mark = self._ledger.marks[number].get(damage.block, Mark(damage.block))
         checksums = {**mark.checksums, store.image_path(name): store.checksum(values)}
@@ -295,6 +314,10 @@ class _Mender:
         if self.approximate:
             root, groups = store.open_root(self._address, "r+"), dict(self._ledger.kept)
             store.write_attributes(self._address, root, groups.pop(""), groups)
+        still = {damage.key for damage in Ledger.of(self._address).damaged_metadata()}
+        lost = [damage for damage in self.repaired if damage.key in still]
+        self.repaired = [damage for damage in self.repaired if damage.key not in still]
+        self.impossible += [(damage, "marks of blocks that are not repaired") for damage in lost]
 
 
 def cone(plan: Plan, wanted: dict[int, set[int]]) -> list[set[int]]:

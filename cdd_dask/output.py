@@ -84,25 +84,45 @@ def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> N
         )
 
 
-def check_scratch(scratch: str | Path, out: str, plan: Plan) -> str:
-    """The folder for working fields, absolute, which must be there and have room for them.
+def scratch_address(scratch: str | Path) -> str:
+    """Absolute path, or the URL, of the folder for working fields.
 
     Raises
     ------
     InputError
-        If it lies in the output, or is none that may be kept (see `check_address`).
-    OutputAccessError
-        If it is no folder that can be written.
-    DiskSpaceError
-        If the working fields do not fit.
+        If it is empty, or none that may be kept (see `check_address`).
     """
     text = str(scratch).removeprefix("file://")
     if not text:
         raise InputError("scratch='' is no path: name a folder for working fields")
     check_address("scratch", text)
-    if "://" in text:
-        return text
-    path = Path(text).expanduser().absolute()
+    return text if "://" in text else os.path.abspath(Path(text).expanduser())
+
+
+def check_scratch(scratch: str, out: str, plan: Plan) -> None:
+    """Refuse a folder for working fields that is not there, or has no room for them.
+
+    Parameters
+    ----------
+    scratch
+        From `scratch_address`.
+    out
+        From `output_address`.
+    plan
+        States the disk space needed.
+
+    Raises
+    ------
+    InputError
+        If it lies in the output.
+    OutputAccessError
+        If it is no folder that can be written.
+    DiskSpaceError
+        If the working fields do not fit.
+    """
+    if "://" in scratch:
+        return
+    path = Path(scratch)
     if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
         raise OutputAccessError(
             f"scratch={scratch} is no folder that can be written: make it first"
@@ -115,7 +135,6 @@ def check_scratch(scratch: str | Path, out: str, plan: Plan) -> str:
             f"scratch={scratch} needs up to {format_bytes(plan.scratch_bytes)}, but its disk has "
             f"{format_bytes(free)} free: choose another disk"
         )
-    return str(path)
 
 
 def check_apart(address: str, source: Source) -> None:

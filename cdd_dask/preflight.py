@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -148,7 +149,7 @@ def preflight(
     """
     resources = plan.resources
     in_memory = address is None or address.startswith(IN_MEMORY)
-    own = None
+    own, stored = None, cache(partial(_stored, address))  # it looks at every file
     with ExitStack() as stack:
         wanted = {"output": None if in_memory else address, "scratch": scratch}
         probes, checks = _place_probes(stack, wanted)
@@ -164,14 +165,14 @@ def preflight(
         found = pool.everywhere(look_around, question)
         ended = time.time()
     if own is not None:
-        checks += _judge(CLIENT, own, own, plan, address)
+        checks += _judge(CLIENT, own, own, plan, stored)
     demands = _demands(plan, pool, list(found))
     for where, facts in found.items():
         if isinstance(facts, Exception):
             checks.append(Check(where, "packages", "failed", _no_answer(facts)))
             continue
         checks += [
-            *_judge(where, facts, own or facts, plan, address),
+            *_judge(where, facts, own or facts, plan, stored),
             _judge_memory(where, facts, demands[where]),
             _judge_threads(where, facts, resources),
             _judge_device(where, facts, plan),
@@ -200,7 +201,7 @@ def _place_probes(
 
 
 def _judge(
-    where: str, facts: Facts, client: Facts, plan: Plan, address: str | None
+    where: str, facts: Facts, client: Facts, plan: Plan, stored: Callable[[], int]
 ) -> Iterator[Check]:
     """What concerns the client as much as the workers."""
     yield _judge_packages(where, facts, client)
@@ -209,8 +210,8 @@ def _judge(
     needs = {"output": plan.disk_bytes, "scratch": plan.scratch_bytes}
     for what, access in facts.places.items():
         # what is there of our own is part of what is needed, or goes
-        there = address if what == "output" else None
-        yield Check(where, what, *_judge_place(access, needs[what], there))
+        reclaimed = stored if what == "output" else int
+        yield Check(where, what, *_judge_place(access, needs[what], reclaimed))
 
 
 def _no_answer(error: Exception) -> str:
@@ -335,7 +336,7 @@ def _judge_source(where: str, facts: Facts, client: Facts) -> Check:
     return Check(where, "source", "ok", facts.source)
 
 
-def _judge_place(access: Access, need: int, there: str | None) -> tuple[Verdict, str]:
+def _judge_place(access: Access, need: int, reclaimed: Callable[[], int]) -> tuple[Verdict, str]:
     if access.error:
         return "failed", f"cannot be written, {redacted(access.error)}"
     if not access.same:
@@ -344,7 +345,7 @@ def _judge_place(access: Access, need: int, there: str | None) -> tuple[Verdict,
     if access.free is None:
         return "ok", "can be written"
     room = f"{format_bytes(access.free)} free, {format_bytes(need)} needed"
-    if access.free < need and access.free + _stored(there) < need:
+    if access.free < need and access.free + reclaimed() < need:
         return "failed", f"{room}: choose another disk"
     if abs(access.file_clock) > FILE_CLOCK:
         off = f"times of its files are {_off(access.file_clock)} this machine's clock"

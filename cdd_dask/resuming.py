@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from cdd_dask import objects, store
@@ -20,10 +19,10 @@ from cdd_dask.identity import check_same, identity_of
 from cdd_dask.marks import Mark, drop_marks, read_marks
 from cdd_dask.memory import format_bytes
 from cdd_dask.parameters import Parameters
-from cdd_dask.plans import Plan, Resources, Volume
+from cdd_dask.plans import Pass, Plan, Resources, Volume
 from cdd_dask.seals import is_sealed
 from cdd_dask.statistics import Statistics
-from cdd_dask.working import geometry, nature_of, outputs, uses
+from cdd_dask.working import Nature, geometry, nature_of, outputs, snapshots_of, uses
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,12 @@ class Begun:
         """Whether nothing is left to do."""
         return self.attributes.get("complete") is True
 
+    @property
+    def scratch(self) -> str | None:
+        """Folder in which the store of the working fields lies, where they have one."""
+        place: str | None = self.attributes["scratch"]
+        return place and place.rpartition("/")[0]
+
     def plan(
         self,
         parameters: Parameters,
@@ -45,7 +50,7 @@ class Begun:
         resources: Resources,
         block: tuple[int, ...] | None,
         source: dict[str, Any],
-        scratch: str | Path | None,
+        scratch: str | None,
     ) -> Plan:
         """The plan that it was begun with, to be carried out with other resources.
 
@@ -58,7 +63,7 @@ class Begun:
         source
             Identity of the source as it is now.
         scratch
-            Where working fields shall lie; None leaves them where they are.
+            Folder in which working fields shall lie; None leaves them where they are.
 
         Raises
         ------
@@ -88,10 +93,9 @@ class Begun:
             wanted["block"] = [min(b, n) for b, n in zip(block, volume.shape, strict=False)]
         check_same(begun, wanted, self.address)
         if scratch is not None:
-            there = self.attributes["scratch"] and str(Path(self.attributes["scratch"]).parent)
-            same = {"scratch": str(Path(scratch).expanduser().absolute())}
-            check_same({"scratch": there}, same, self.address)
-        self._check_resources(plan, volume)
+            check_same({"scratch": self.scratch}, {"scratch": scratch.rstrip("/")}, self.address)
+        if not self.complete:
+            self._check_resources(plan, volume)
         return plan
 
     def _check_resources(self, plan: Plan, volume: Volume) -> None:
@@ -143,7 +147,7 @@ def unfinished(plan: Plan, address: str, attributes: dict[str, Any]) -> list[set
             for name in writes & needed:
                 grid = geometry(plan, name, nature)
                 if grid is not None:
-                    lost |= _lost_blocks(plan, work, name, grid, done, not missing)
+                    lost |= _lost_blocks(plan, work, name, grid, done, one, nature)
         if lost:
             drop_marks(address, fingerprint, number, lost)
         left.append(missing | lost)
@@ -172,14 +176,17 @@ def _lost_outputs(plan: Plan, address: str, written: set[int], done: set[int]) -
 
 
 def _lost_blocks(
-    plan: Plan, work: str, name: str, grid: Grid, done: set[int], whole: bool
+    plan: Plan, work: str, name: str, grid: Grid, done: set[int], one: Pass, nature: Nature
 ) -> set[int]:
     """Blocks that are done but whose part of a working array is gone; of cells, all of them."""
     if name not in store.work_arrays(work):
         return done
     if grid == plan.grid:
         return store.lacking(work, store.work_path(name), grid, done)
-    several = name.startswith("snapshots")  # of which every pass writes some
-    if several or not whole:
-        return set()
-    return done if store.missing_shards(store.work_array(work, name)) else set()
+    missing = store.missing_shards(store.work_array(work, name))
+    if name.startswith("snapshots"):  # of which every pass writes some
+        written = snapshots_of(plan, one, nature.sign)
+        lost = {place[1:] for place in missing if place[0] in written}
+        blocks = Grid(grid.shape[1:], grid.block[1:])
+        return {block for block in done if blocks.index(block) in lost}
+    return done if missing and len(done) == one.tasks else set()

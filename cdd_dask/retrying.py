@@ -12,7 +12,7 @@ from zarr.abc.store import Store
 from zarr.storage import WrapperStore
 
 from cdd_dask.errors import redacted
-from cdd_dask.faults import tries_of, wait_before
+from cdd_dask.faults import is_of_library, tries_of, wait_before
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
@@ -94,7 +94,9 @@ async def tried(
             return await call()
         except Exception as error:
             if tries >= tries_of(error):
-                raise
+                if not is_of_library(error) or isinstance(error, OSError):
+                    raise
+                raise OSError(redacted(f"{type(error).__name__}: {error}")) from error
             seconds = wait_before(tries, draw)
             log.warning("storage: %s; trying again in %.1f s", redacted(str(error)), seconds)
         await sleep(seconds)

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cdd_dask import store
-from cdd_dask.errors import CddError, RunError, StoreError
+from cdd_dask.errors import AGAIN, CddError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.identity import fingerprint_of
@@ -73,9 +73,19 @@ def go_on_with_store(plan: Plan, source: Source, address: str) -> str:
     scratch = attributes["scratch"]
     if scratch:
         store.take_scratch(scratch, run)
-    attributes = {**attributes, "run": run, **_how_it_runs(plan, source)}
-    store.write_attributes(address, root, attributes)
+    here = _how_it_runs(plan, source)
+    if others := _differences(attributes.get("versions"), here["versions"]):
+        log.warning("going on with other versions, blocks may differ in the last bits: %s", others)
+    store.write_attributes(address, root, {**attributes, "run": run, **here})
+    store.remove_partial(address)
     return run
+
+
+def _differences(before: Any, now: dict[str, str]) -> str:
+    """Packages whose versions have changed, in words."""
+    before = before if isinstance(before, dict) else {}
+    pairs = {name: (before.get(name, "unknown"), number) for name, number in now.items()}
+    return ", ".join(f"{name} {old} → {new}" for name, (old, new) in pairs.items() if old != new)
 
 
 def _how_it_runs(plan: Plan, source: Source) -> dict[str, Any]:
@@ -154,7 +164,7 @@ def execute(
         if isinstance(error, CddError) and not isinstance(error, StoreError):
             raise
         raise RunError(
-            f"the run stopped, and {address} is left incomplete: {error}; run it again to go on"
+            f"the run stopped, and {address} is left incomplete: {error}; {AGAIN} to go on"
         ) from error
 
 
@@ -163,6 +173,7 @@ def clean_up(plan: Plan, address: str, run: str) -> None:
     for number, one in enumerate(plan.passes):
         if not outputs(plan, one):
             remove_marks(address, number)
+    store.remove_partial(address)
     scratch = store.scratch_of(address, run)
     if scratch:
         store.remove_scratch(scratch, run)
@@ -317,10 +328,20 @@ def _run_pass(
     # only this process has an array that lives in its memory
     copying_in = batch.work.kind == "copy"
     pool = SerialExecutor() if copying_in and not source.portable else executor
-    peak = max(stage.peak_memory for stage in plan.stages if stage.number in batch.work.stages)
+    stages = [stage for stage in plan.stages if stage.number in batch.work.stages]
+    peak = max(stage.peak_memory for stage in stages)
+    alike = sum(other.stages == batch.work.stages for other in plan.passes)
+    seconds = sum(stage.seconds for stage in stages) / alike  # of all workers together
+    expected = seconds * plan.resources.workers / batch.work.tasks
     places = {batch.address, store.scratch_of(batch.address, batch.run) or batch.address}
     results = pool.run(
-        run_task, batch.tasks(blocks), batch.name, describe_task, projected=peak, places=places
+        run_task,
+        batch.tasks(blocks),
+        batch.name,
+        describe_task,
+        projected=peak,
+        places=places,
+        expected=expected,
     )
     try:
         with closing(results):

@@ -45,6 +45,8 @@ class Damage:
     """Number of the block."""
     key: str = ""
     """Key of the damaged object of metadata."""
+    readable: bool = False
+    """Whether the block has values, but no done mark to tell whether they are the run's."""
 
     def __str__(self) -> str:
         return self.what
@@ -155,7 +157,7 @@ class Ledger:
             return None, Damage(f"{where}: {reason}", output, block)
         expected = self.checksum(output, block)
         if expected is None:
-            return values, Damage(f"{where}: has no done mark", output, block)
+            return values, Damage(f"{where}: has no done mark", output, block, readable=True)
         if store.checksum(values) != expected:
             return values, Damage(f"{where}: is not what its run wrote", output, block)
         return values, None
@@ -225,7 +227,8 @@ def _other(wanted: dict[str, Any], found: dict[str, Any]) -> str:
     theirs = found.get("attributes") or {}
     ours = {key: theirs.get(key) for key in wanted["attributes"]}
     found = {**found, "attributes": ours}
-    for name in sorted({*wanted, *found}):
+    # copies of the rest, which users make for faster opening (`zarr.consolidate_metadata`)
+    for name in sorted({*wanted, *found} - {"consolidated_metadata"}):
         one, other = wanted.get(name) or None, found.get(name) or None
         if seal_of(one) != seal_of(other):
             return f"has other {name}"

@@ -17,13 +17,13 @@ All metadata is written before any task; a task writes whole shards that no othe
 from __future__ import annotations
 
 import itertools
-import math
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,9 +33,18 @@ from numpy.typing import NDArray
 
 from cdd_dask import lease
 from cdd_dask.blocks import Grid, Region, pieces, storage_chunks
-from cdd_dask.errors import DamagedError, StoreError
+from cdd_dask.errors import AGAIN, DamagedError, StoreError
+from cdd_dask.faults import Fault
 from cdd_dask.marks import keep_copy
-from cdd_dask.objects import has_object, names_in, remove_object, remove_objects, store_of
+from cdd_dask.objects import (
+    IN_MEMORY,
+    has_object,
+    names_in,
+    read_attributes,
+    remove_object,
+    remove_objects,
+    store_of,
+)
 from cdd_dask.readers.regions import read_region
 from cdd_dask.seals import sealed
 
@@ -55,7 +64,7 @@ OME_UNITS = {
 }  # fmt: skip
 """Names that OME-Zarr has for units; others it has none for."""
 
-_written: ContextVar[dict[str, str] | None] = ContextVar("written", default=None)
+_record: ContextVar[Record | None] = ContextVar("record", default=None)
 
 
 @dataclass(frozen=True)
@@ -103,9 +112,13 @@ def is_our_store(path: Path) -> bool:
 
 
 def remove_store(path: Path) -> None:
-    """Delete a store of ours, and nothing else; who holds its lease keeps that."""
+    """Delete a store of ours with its scratch, and nothing else; its lease stays."""
     if not is_our_store(path):
         raise StoreError(f"{path} is no decomposition store: it is not deleted")
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it is no store of that run, or gone
+        known = (read_attributes(str(path), "") or {})[KEY]
+        if known["scratch"]:
+            remove_scratch(known["scratch"], known["run"])
     # what makes it a store goes last: until then the rest can be deleted again
     for name in sorted(path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
         if name.name == lease.GROUP:
@@ -276,10 +289,24 @@ def remove_scratch(address: str, run: str) -> None:
         remove_objects(address, "")
 
 
+def remove_partial(address: str) -> None:
+    """Delete files that killed writers have left half-written; Zarr gives them names of their own.
+
+    Nobody else writes to the store then: this run holds the lease.
+    """
+    if "://" in address or address.startswith(IN_MEMORY):
+        return  # objects come to be whole
+    for folder, _, names in os.walk(address):
+        for name in names:
+            if name.endswith(".partial"):
+                Path(folder, name).unlink(missing_ok=True)
+
+
 def create_work_array(address: str, run: str, name: str, grid: Grid, dtype: str) -> None:
     """Make room for a working array, unless it is there."""
     root = root_of_run(address, run, "r+")
     if not has_object(address, f"{work_path(name)}/zarr.json"):
+        remove_objects(address, work_path(name))  # what a killed run left of it
         _create_field(root, work_path(name), grid, dtype)
 
 
@@ -292,8 +319,9 @@ def remove_work_array(address: str, run: str, name: str) -> None:
 
 
 def work_arrays(address: str) -> set[str]:
-    """Names of the working arrays that are there, whole or not."""
-    return {name for name in names_in(address, WORK) if name != "zarr.json"}
+    """Names of the working arrays that are there, with all shards or not."""
+    names = names_in(address, WORK)
+    return {name for name in names if has_object(address, f"{work_path(name)}/zarr.json")}
 
 
 def work_array(address: str, name: str) -> zarr.Array[Any]:
@@ -327,9 +355,12 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
     except ValueError as error:
         for place in places:
             if damage := shard_damage(array, place):
+                remedy = ""
                 if path.startswith(f"{WORK}/"):
                     remove_object(address, _shard_key(array, place))
-                raise DamagedError(f"{address}: {path}, {damage}") from error
+                    remedy = f"; {AGAIN}, which makes it anew"
+                raise DamagedError(f"{address}: {path}, {damage}{remedy}") from error
+        error.fault = Fault.PASSING.value  # type: ignore[attr-defined]  # it is sound by now
         raise
 
 
@@ -373,6 +404,9 @@ def _chunk_region(array: zarr.Array[Any], chunk: tuple[int, ...]) -> Region:
 
 def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> None:
     """Write one block's core: a whole shard, which no other task writes."""
+    record = _record.get()
+    if record is not None:
+        record.check()
     # the setting is not stored with the array: a block of zeros must leave its chunks
     array = _open_array(address, path, "r+").with_config({"write_empty_chunks": True})
     try:
@@ -381,17 +415,17 @@ def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> 
         # Zarr reads a shard before it writes it, and a torn one would make every retry fail
         remove_block(address, path, core)
         array[core] = values
-    written = _written.get()
-    if written is not None:
-        written[path] = checksum(values)
+    if record is not None:
+        record.checksums[path] = checksum(values)
 
 
 def remove_block(address: str, path: str, core: Region) -> None:
-    """Delete a block's shard, whatever is in it."""
+    """Delete the shards that a block touches, whatever is in them."""
     array = _open_array(address, path)
     unit = array.shards or array.chunks
-    place = tuple(s.start // n for s, n in zip(core, unit, strict=True))
-    remove_object(address, _shard_key(array, place))
+    along = [range(s.start // n, -(-s.stop // n)) for s, n in zip(core, unit, strict=True)]
+    for place in itertools.product(*along):
+        remove_object(address, _shard_key(array, place))
 
 
 def checksum(values: NDArray[Any]) -> str:
@@ -403,15 +437,35 @@ def checksum(values: NDArray[Any]) -> str:
     return hashlib.blake2b(plain.view(np.uint8).reshape(-1).data, digest_size=16).hexdigest()
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a run's task writes."""
+
+    address: str
+    """Of the output."""
+    run: str
+    """Name of the run."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Of what was written, by the array's path."""
+
+    def check(self) -> None:
+        """Raise `StoreError` if the output is another run's by now, which may overwrite it.
+
+        A task that outlives its run must not write to what was made in its place. Called just
+        before every write: between the two a new run cannot have begun and come as far.
+        """
+        root_of_run(self.address, self.run)
+
+
 @contextmanager
-def recorded() -> Iterator[dict[str, str]]:
-    """Checksums of what this thread writes meanwhile, by the arrays' paths."""
-    written: dict[str, str] = {}
-    token = _written.set(written)
+def recorded(address: str, run: str) -> Iterator[Record]:
+    """Keep a record of what this thread writes meanwhile for a run."""
+    record = Record(address, run)
+    token = _record.set(record)
     try:
-        yield written
+        yield record
     finally:
-        _written.reset(token)
+        _record.reset(token)
 
 
 def _shard_key(array: zarr.Array[Any], place: tuple[int, ...]) -> str:
@@ -486,18 +540,18 @@ def usable_names(names: tuple[str, ...] | None, ndim: int) -> tuple[str, ...]:
 
 def lacking(address: str, path: str, grid: Grid, blocks: Collection[int]) -> set[int]:
     """Those of some blocks, a shard each, that an array lacks."""
+    missing = missing_shards(_open_array(address, path))
+    return {block for block in blocks if grid.index(block) in missing}
+
+
+def missing_shards(array: zarr.Array[Any]) -> set[tuple[int, ...]]:
+    """Places of an array's shards (or chunks) that are not in the store."""
     from zarr.core.sync import sync
 
-    array = _open_array(address, path)
-    if missing_shards(array) <= len(grid) - len(blocks):
-        return set()
-    keys = {block: _shard_key(array, grid.index(block)) for block in blocks}
-    return {block for block, key in keys.items() if not sync(array.store.exists(key))}
+    async def keys() -> set[str]:
+        # Zarr's own count of them takes a time that grows with the square of their number
+        return {key async for key in array.store.list_prefix(f"{array.path}/")}
 
-
-def missing_shards(array: zarr.Array[Any]) -> int:
-    """How many of an array's shards (or chunks) are not in the store."""
-    unit = array.shards or array.chunks
-    expected = math.prod(-(-n // u) for n, u in zip(array.shape, unit, strict=True))
-    per_shard = math.prod(-(-u // c) for u, c in zip(unit, array.chunks, strict=True))
-    return expected - array.nchunks_initialized // per_shard
+    there, unit = sync(keys()), array.shards or array.chunks
+    places = itertools.product(*(range(-(-n // u)) for n, u in zip(array.shape, unit, strict=True)))
+    return {place for place in places if _shard_key(array, place) not in there}

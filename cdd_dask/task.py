@@ -163,9 +163,10 @@ def run_task(task: Task) -> Mark:
         known = marks_at(task.address, job.fingerprint, task.number, path)
         if task.block in known:
             return known[task.block]
-        with store.recorded() as written:
+        with store.recorded(task.address, task.run) as record:
             mark = _run(job, task)
-        mark = replace(mark, checksums=written)
+        record.check()
+        mark = replace(mark, checksums=record.checksums)
         write_mark(task.address, job.fingerprint, task.number, mark)
         return mark
     except BadValueError:

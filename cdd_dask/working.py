@@ -88,6 +88,12 @@ def kept_steps(stage: Stage, sign: int) -> tuple[int, ...]:
     return (*range(0, last, stride), last)
 
 
+def snapshots_of(plan: Plan, one: Pass, sign: int) -> list[int]:
+    """Which of the kept smooth fields a pass over the cells writes."""
+    kept = kept_steps(_stage(plan, one.stages[0] - 1), sign)
+    return [number for number, step in enumerate(kept) if one.first <= step < one.last]
+
+
 def uses(plan: Plan, one: Pass) -> tuple[set[str], set[str]]:
     """Names of the working arrays that a pass reads and of those that it writes.
 

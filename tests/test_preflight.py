@@ -280,8 +280,16 @@ def test_what_is_there_of_a_run_counts(tmp_path: Path, monkeypatch: pytest.Monke
     cdd_dask.decompose(np.ones((8, 8)), out, max_scale=2, progress=False)
     there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     access = probes.Access(free=1000)
-    assert module._judge_place(access, there + 1000, str(out))[0] == "ok"
-    assert module._judge_place(access, there + 1001, str(out))[0] == "failed"
+    looks = []
+
+    def stored() -> int:
+        looks.append(out)
+        return module._stored(str(out))
+
+    assert module._judge_place(access, 1000, stored)[0] == "ok"
+    assert not looks
+    assert module._judge_place(access, there + 1000, stored)[0] == "ok"
+    assert module._judge_place(access, there + 1001, stored)[0] == "failed"
 
 
 # the verdict

@@ -14,8 +14,9 @@ import pytest
 import zarr
 
 import cdd_dask
-from cdd_dask import lease, run, store
+from cdd_dask import lease, run, store, task
 from cdd_dask.errors import (
+    BlockError,
     BudgetError,
     DifferentRunError,
     LeaseError,
@@ -23,6 +24,7 @@ from cdd_dask.errors import (
     RunError,
     StoreError,
 )
+from cdd_dask.readers import BadValueError
 
 BASE: dict[str, Any] = {"max_scale": 8, "e_rel": 0.3, "block": 16, "progress": False}
 CELLS: dict[str, Any] = {"min_scale": 16, "max_scale": 32, "e_rel": 0.4}
@@ -348,6 +350,132 @@ def test_what_is_gone_is_made_again(what: str, executed: Any, tmp_path: Path, lo
     for one, other in zip(whole.channels, result.channels, strict=True):
         assert np.array_equal(one[...], other[...])
     assert np.array_equal(whole.residual[...], result.residual[...])
+
+
+@pytest.mark.parametrize("what", ["snapshots", "array", "output"])
+def test_what_is_damaged_late_is_made_again(
+    what: str, executed: Any, tmp_path: Path, lognormal: Any
+):
+    """A run that once failed for it goes on, too; what no mark tells of hides no loss."""
+    source, out = source_of("positive", tmp_path, lognormal), tmp_path / "out.zarr"
+    options = {**BASE, **CELLS, "engine": "cpu"}
+    if what != "snapshots":
+        options = {**BASE, "max_scale": 4, "engine": "cpu"}
+    whole = cdd_dask.decompose(source, tmp_path / "whole.zarr", **options)
+    plan = cdd_dask.plan(source, **options)
+    scatters = [number for number, one in enumerate(plan.passes) if one.kind == "scatter"]
+    last = scatters[0] if what == "snapshots" else len(plan.passes) - 1
+    executed.limit = sum(one.tasks for one in plan.passes[:last]) + 3
+    del executed[:]
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **options)
+    executed.limit = 10**9
+    if what == "snapshots":
+        shard = next(path for path in (out / "work/snapshots_00/c").rglob("*") if path.is_file())
+        shard.write_bytes(shard.read_bytes()[:-9])
+        with pytest.raises(RunError, match=r"run the same command again.*makes it anew"):
+            cdd_dask.decompose(source, out, **options)
+    elif what == "array":
+        (name,) = {path.name for path in (out / "work").iterdir()} - {"zarr.json"}
+        (out / "work" / name / "zarr.json").unlink()
+    else:  # a block that is there without a mark makes up for one that was lost
+        shards = out / "residual/scale0/image/c"
+        shutil.copytree(shards / "0", shards / "2")
+        (shards / "0/0/0").unlink()
+    result = cdd_dask.decompose(source, out, **options)
+    for one, other in zip(arrays_of(tmp_path / "whole.zarr"), arrays_of(out), strict=True):
+        assert np.array_equal(one, other)
+    assert result.attrs["source_statistics"] == whole.attrs["source_statistics"]
+
+
+def test_what_killed_writers_left_goes(executed: Any, begun: tuple[Path, Path], tmp_path: Path):
+    """Zarr writes files under other names first, and leaves them if it is killed."""
+    out = tmp_path / "half.zarr"
+    shutil.copytree(begun[1] / "half.zarr", out)
+    left = out / "channel_00/scale0/image/c/0/0/0.0123.partial"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_bytes(b"half")
+    cdd_dask.decompose(begun[0], out, **{**BASE, "max_scale": 4, "engine": "cpu"})
+    assert not left.exists()
+
+
+def test_a_late_task_spares_what_replaced_its_run(
+    begun: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A worker may still compute when its run was stopped and the output is overwritten."""
+    out, tasks, last = tmp_path / "out.zarr", [], 3
+    original, computed = run.run_task, task._diffused_block
+
+    def stop(late: Any) -> Any:
+        if late.work.stages[-1] < last:
+            return original(late)
+        tasks.append(late)
+        raise Stopped
+
+    options = {**BASE, "max_scale": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run_task", stop)
+        with pytest.raises(Stopped):
+            cdd_dask.decompose(begun[0], out, **options)
+    others = {**options, "e_rel": 0.5, "overwrite": True}
+
+    def overtaken(job: Any, late: Any) -> Any:
+        values = computed(job, late)
+        monkeypatch.setattr(task, "_diffused_block", computed)
+        cdd_dask.decompose(begun[0], out, **others)
+        return values
+
+    monkeypatch.setattr(task, "_diffused_block", overtaken)
+    with pytest.raises(BlockError, match="replaced by another run"):
+        task.run_task(tasks[0])
+    whole = cdd_dask.decompose(begun[0], tmp_path / "whole.zarr", **others)
+    for one, other in zip((*whole.channels, whole.residual), arrays_of(out), strict=True):
+        assert np.array_equal(one[...], other)
+
+
+def test_data_of_no_use_do_not_cost_what_others_made(
+    executed: Any, begun: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Only a run that made the output deletes it, with its scratch."""
+
+    def bad(_: Any) -> Any:
+        raise BadValueError("not finite when first read")
+
+    out, options = tmp_path / "half.zarr", {**BASE, "max_scale": 4, "engine": "cpu"}
+    shutil.copytree(begun[1] / "half.zarr", out)
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(run, "run_task", bad)
+    with pytest.raises(BadValueError):
+        cdd_dask.decompose(begun[0], out, **options)
+    assert out.exists()
+    with pytest.raises(BadValueError):
+        cdd_dask.decompose(begun[0], tmp_path / "b.zarr", **options, scratch=tmp_path / "scratch")
+    assert not (tmp_path / "b.zarr").exists()
+    assert not [*(tmp_path / "scratch").iterdir()]
+
+
+@pytest.mark.parametrize("place", ["file://{}/scratch", "{}/scratch/"])
+def test_a_scratch_is_named_in_any_way(
+    place: str, executed: Any, begun: tuple[Path, Path], tmp_path: Path
+):
+    """That means the same place; a run that goes on finds it by itself."""
+    (tmp_path / "scratch").mkdir()
+    options = {**BASE, "max_scale": 4, "engine": "cpu"}
+    out, scratch = tmp_path / "out.zarr", tmp_path / "scratch"
+    executed.limit = 3
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(begun[0], out, **options, scratch=place.format(tmp_path))
+    executed.limit = 6
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(begun[0], out, **options, scratch=scratch)
+    assert len([*scratch.iterdir()]) == 1
+    executed.limit = 9
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(begun[0], out, **options, overwrite=True)
+    assert not [*scratch.iterdir()]  # it went with the run that made it
+    executed.limit = 10**9
+    cdd_dask.decompose(begun[0], out, **options, overwrite=True, scratch=scratch)
+    assert not [*scratch.iterdir()]
 
 
 def test_overwriting_starts_anew(executed: Any, begun: tuple[Path, Path], tmp_path: Path):

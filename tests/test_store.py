@@ -14,7 +14,7 @@ import zarr
 import cdd_dask
 from cdd_dask import store
 from cdd_dask.blocks import Grid
-from cdd_dask.errors import BlockError, CddError, InputError, RunError, StoreError
+from cdd_dask.errors import BlockError, CddError, DamagedError, InputError, RunError, StoreError
 from cdd_dask.parameters import Parameters
 
 FAST: dict[str, Any] = {"max_scale": 2, "e_rel": 0.3, "progress": False}
@@ -221,21 +221,25 @@ def test_a_block_of_zeros_leaves_its_chunks(tmp_path: Path):
     assert (result.channels[0][32:] == 0).all()
     for output in OUTPUTS:
         assert len(shards_of(tmp_path / "out.zarr", output)) == 4
-    assert all(store.missing_shards(array) == 0 for array in (*result.channels, result.residual))
+    assert not any(map(store.missing_shards, (*result.channels, result.residual)))
 
 
 @pytest.mark.parametrize("shape", [(22, 15), (100, 30)])
-def test_missing_shards_are_counted(tmp_path: Path, lognormal: Any, shape: tuple[int, ...]):
-    """Each deleted file counts once, however many chunks are in it."""
+def test_missing_shards_are_found(tmp_path: Path, lognormal: Any, shape: tuple[int, ...]):
+    """Each deleted file once, however many chunks are in it; reading it is an error."""
     result = cdd_dask.decompose(
         lognormal(shape), tmp_path / "out.zarr", **FAST, block=(-(-shape[0] // 2), 7)
     )
     files = shards_of(tmp_path / "out.zarr", "channel_01")
     for deleted, file in enumerate(files):
-        assert store.missing_shards(result.channels[1]) == deleted
+        assert len(store.missing_shards(result.channels[1])) == deleted
         file.unlink()
-    assert store.missing_shards(result.channels[1]) == len(files)
-    assert store.missing_shards(result.channels[0]) == 0
+        place = tuple(map(int, file.parts[-2:]))
+        assert place in store.missing_shards(result.channels[1])
+        with pytest.raises(DamagedError, match=r"channel_01.*shard \(\d, \d\) is not there"):
+            result.reconstruct()
+    assert len(store.missing_shards(result.channels[1])) == len(files)
+    assert not store.missing_shards(result.channels[0])
 
 
 def make_store(address: str, grid: Grid) -> None:

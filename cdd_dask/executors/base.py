@@ -93,6 +93,7 @@ class Executor(ABC):
         describe: Callable[[Task], str] = str,
         projected: int | None = None,
         places: Collection[str] = (),
+        expected: float = 0.0,
     ) -> Generator[Result, None, None]:
         """Yield ``function(task)`` of every task, in the order in which they finish.
 
@@ -113,12 +114,15 @@ class Executor(ABC):
             Bytes that a task is planned to hold, for the message where a worker is killed.
         places
             Where the tasks write, for the message where a disk is full.
+        expected
+            Seconds that a task is planned to take: one is not soon taken to hang.
 
         Raises
         ------
         BlocksFailedError
             In the end, if tasks failed: not for a passing reason, or `TRIES` times, or with
-            their workers; after `loop.MOST_KILLERS` of the last kind at once.
+            their workers; after `loop.MOST_KILLERS` of the last kind at once, and after
+            `loop.MOST_FAILED` of any kind if none was done.
         DiskFullError
             If there is no space to write.
         InputError, StoreError
@@ -126,7 +130,7 @@ class Executor(ABC):
         RunError
             If the cluster's scheduler is gone.
         """
-        return Loop(self, function, tasks, name, describe, projected, places).results()
+        return Loop(self, function, tasks, name, describe, projected, places, expected).results()
 
     def __enter__(self) -> Executor:
         return self

@@ -15,7 +15,7 @@ from typing import Any
 import dask.utils
 from distributed import WorkerPlugin
 
-from cdd_dask.errors import ClusterError, InputError, RunError
+from cdd_dask.errors import AGAIN, ClusterError, InputError, RunError
 from cdd_dask.executors.base import NO_PROCESSES, SECONDS_FOR_THE_LAST, Executor
 from cdd_dask.executors.processes import (
     SECONDS_BETWEEN_LOOKS,
@@ -50,7 +50,7 @@ def losses_told() -> Iterator[None]:
 def _lost(why: object) -> ClusterError:
     return ClusterError(
         f"the cluster has lost its scheduler, or a worker that was asked ({why}): see that it "
-        "runs, and run the same command again, finished blocks are kept"
+        f"runs, and {AGAIN}, finished blocks are kept"
     )
 
 
@@ -189,7 +189,7 @@ class DaskExecutor(Executor):
         if not futures or self.client.status != "running":
             return
         self.client.cancel(list(futures), force=True)
-        if hurry:  # what a user's workers still write are the same bits that a later run writes
+        if hurry:  # a later run writes the same bits, and nothing is written to that of another
             return
         # what has begun cannot be stopped, and must not write after its run has ended
         patience = time.monotonic() + SECONDS_FOR_THE_LAST

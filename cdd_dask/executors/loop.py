@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cdd_dask.errors import BlocksFailedError, DiskFullError, RunError, redacted
+from cdd_dask.errors import AGAIN, BlocksFailedError, DiskFullError, RunError, redacted
 from cdd_dask.faults import EXPIRED_TRIES, Fault, fault_of, mark, wait_before
 from cdd_dask.memory import format_bytes
 
@@ -25,12 +25,15 @@ TRIES = 3
 LEAST_PATIENCE = 60.0
 """Shortest time in flight, in seconds, after which a task may be taken to hang."""
 PATIENCE = 10.0
-"""A task hangs that is in flight so many times as long as any sibling that has finished. Each
-further try is given so many times longer: a slow block among quick ones does not hang."""
+"""A task hangs that is in flight so many times as long as any sibling that has finished, and as is
+expected: the first to finish may be those with nothing to do. Each further try is given so many
+times longer: a slow block among quick ones does not hang."""
 LEAST_SIBLINGS = 3
 """How many must have finished before a task is taken to hang."""
 MOST_LISTED = 10
 """How many failed blocks are logged with a traceback, and listed in the end."""
+MOST_FAILED = 100
+"""After so many failed blocks, and none that was done, a run stops."""
 MOST_KILLERS = 3
 """After so many blocks that killed their workers a run stops: all blocks are of a size."""
 
@@ -60,9 +63,10 @@ class Loop:
         describe: Callable[[Any], str],
         projected: int | None,
         places: Collection[str],
+        expected: float,
     ) -> None:
         self.executor, self.name, self.describe = executor, name, describe
-        self.projected, self.places = projected, places
+        self.projected, self.places, self.expected = projected, places, expected
         self.function = partial(_call, function)
         self.fresh = (Attempt(number, task) for number, task in enumerate(tasks))
         self.pending: dict[Any, Attempt] = {}
@@ -94,7 +98,7 @@ class Loop:
                         getattr(future, "release", lambda: None)()
                         yield result
                 self._see_to_hanging()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, GeneratorExit):  # here, or where the results are used
             hurry = True
             raise
         finally:
@@ -145,7 +149,7 @@ class Loop:
         if isinstance(error, CancelledError):
             raise RunError(
                 f"{self.describe(attempt.task)} was cancelled, by somebody else or with the "
-                "cluster's scheduler: run the same command again, finished blocks are kept"
+                f"cluster's scheduler: {AGAIN}, finished blocks are kept"
             ) from error
         if self.executor.worker_died(error):
             self._see_to_death(attempt, error)
@@ -156,7 +160,7 @@ class Loop:
         if fault is Fault.FULL:
             raise DiskFullError(
                 f"{self._reason(attempt, error)}; a disk is full{self._free()}: free some space "
-                "and run the same command again, finished blocks are kept"
+                f"and {AGAIN}, finished blocks are kept"
             ) from error
         if attempt.tries < {Fault.PASSING: TRIES, Fault.EXPIRED: EXPIRED_TRIES}.get(fault, 1):
             self._try_later(attempt, str(error))
@@ -190,7 +194,9 @@ class Loop:
     def _try_later(self, attempt: Attempt, reason: str) -> None:
         seconds = wait_before(attempt.tries)
         what = self.describe(attempt.task)
-        log.warning("%s: %s; trying again in %.1f s", what, redacted(reason), seconds)
+        text = redacted(reason)
+        text = text if text.startswith(what) else f"{what}: {text}"
+        log.warning("%s; trying again in %.1f s", text, seconds)
         again = replace(attempt, tries=attempt.tries + 1)
         heapq.heappush(self.later, (time.monotonic() + seconds, attempt.number, again))
 
@@ -201,6 +207,8 @@ class Loop:
             self.reasons.append(reason)
             trace = "".join(traceback.format_exception(error))
             log.error("%s; the other blocks go on\n%s", redacted(reason), redacted(trace))
+        if self.failed >= MOST_FAILED and not self.finished:
+            raise self._failure() from self.first
 
     def _reason(self, attempt: Attempt, error: BaseException) -> str:
         what, text = self.describe(attempt.task), redacted(str(error)) or "no message"
@@ -212,7 +220,7 @@ class Loop:
         return BlocksFailedError(
             f"{self.failed} of the blocks of {self.name} failed:{listed}"
             f"{f'{chr(10)}  and {more} more' * bool(more)}\n"
-            "mend the cause and run the same command again: finished blocks are kept"
+            f"mend the cause and {AGAIN}: finished blocks are kept"
         )
 
     def _free(self) -> str:
@@ -230,7 +238,8 @@ class Loop:
 
     def _patience(self, attempt: Attempt) -> float:
         """Seconds in flight after which a task is taken to hang."""
-        return max(LEAST_PATIENCE, PATIENCE * self.longest) * PATIENCE ** (attempt.tries - 1)
+        longest = max(self.longest, self.expected)
+        return max(LEAST_PATIENCE, PATIENCE * longest) * PATIENCE ** (attempt.tries - 1)
 
     def _see_to_hanging(self) -> None:
         """Cancel a task that hangs, and have it tried elsewhere."""

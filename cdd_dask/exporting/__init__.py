@@ -76,8 +76,9 @@ def export(
     targets = target_paths(result, to, out, [output.name for output in outputs])
     check_targets(result, targets, [output.nbytes for output in outputs], overwrite)
     for output in outputs:
-        if missing := missing_shards(output.array):  # Zarr would read it as zeros
-            raise VerificationError(f"{result.path}: {output.name} lacks {missing} of its shards")
+        if missing := missing_shards(output.array):  # before a file is begun
+            lacks = f"{output.name} lacks {len(missing)} of its shards"
+            raise VerificationError(f"{result.path}: {lacks}: `cdd-dask repair` mends it")
     make_folder(targets[0].parent)
     block = tuple(result.attrs["plan"]["block"])
     voxels = sum(math.prod(output.shape) for output in outputs)
