@@ -297,9 +297,9 @@ class Draft:
         # metadata: the root and `work`, two groups and an image each, and a coordinate array (its
         # metadata and its one chunk) per axis
         metadata = 2 + groups * (3 + 2 * ndim)
-        # done marks: two objects for every pass, and one for each block while it goes on; the lease
+        # done marks: three objects for every pass, and one for each block as it goes on; the lease
         passes = self.copies_in(grid) + sum(len(regime.parts) for regime in self.regimes(grid))
-        metadata += 2 * (passes if blocks > 1 else 1) + blocks + 2
+        metadata += 3 * (passes if blocks > 1 else 1) + blocks + 2
         most, work = 0.0, 0.0
         for channels in [range(groups - 1)] if blocks == 1 else channel_passes(self.steps):
             regime, last = self.regimes(grid)[channels.start], channels.stop == len(self.edges)

@@ -4,10 +4,10 @@ A mark belongs to one pass of a plan and one block. It is bound to the fingerpri
 that decides the values, so that it means nothing to another run; and it holds a checksum of what
 the task wrote to every array, and the statistics of it, so that neither is lost with the run. ::
 
-    done/pass_0003/block_00000012/zarr.json    while the pass goes on, one object a task
-    done/pass_0003/zarr.json                   all of them, when it is over
-    done/pass_0003/copy/zarr.json              and once more
-    done/zarr.json                             a copy of what the root and the outputs say
+    done/pass_0003/blocks/00000012/zarr.json    while the pass goes on, one object a task
+    done/pass_0003/zarr.json                    all of them, when it is over
+    done/pass_0003/copy/zarr.json               and once more
+    done/zarr.json                              a copy of what the root and the outputs say
 
 All are attributes of groups, so that the store remains a Zarr hierarchy. Each mark has a seal, and
 so have the attributes of a finished store: what was edited shows, and what is sound is used.
@@ -24,6 +24,8 @@ from cdd_dask.seals import is_sealed, seal_of
 from cdd_dask.statistics import Statistics
 
 FOLDER = "done"
+BLOCKS = "blocks"
+"""Name of the group in which the marks of a pass lie while it goes on."""
 KEY = "cdd_dask"
 
 
@@ -72,7 +74,11 @@ def pass_path(number: int) -> str:
 
 def block_path(number: int, block: int) -> str:
     """Where a block's mark of a pass lies while the pass goes on."""
-    return f"{pass_path(number)}/block_{block:08d}"
+    return f"{_blocks_path(number)}/{block:08d}"
+
+
+def _blocks_path(number: int) -> str:
+    return f"{pass_path(number)}/{BLOCKS}"
 
 
 def copy_path(number: int) -> str:
@@ -96,9 +102,10 @@ def read_copy(address: str) -> dict[str, dict[str, Any]]:
 
 
 def start_marks(address: str, number: int) -> None:
-    """Make the group in which the marks of a pass lie."""
-    if not objects.has_object(address, f"{pass_path(number)}/zarr.json"):
-        objects.write_group(address, pass_path(number), {})
+    """Make the groups in which the marks of a pass lie."""
+    for path in (pass_path(number), _blocks_path(number)):
+        if not objects.has_object(address, f"{path}/zarr.json"):
+            objects.write_group(address, path, {})
 
 
 def write_mark(address: str, fingerprint: str, number: int, mark: Mark) -> None:
@@ -111,17 +118,21 @@ def read_marks(address: str, fingerprint: str, number: int) -> dict[int, Mark]:
     found: dict[int, Mark] = {}
     for path in (copy_path(number), pass_path(number)):
         found |= marks_at(address, fingerprint, number, path)
-    for name in objects.names_in(address, pass_path(number)):
-        if name.startswith("block_"):
-            path = f"{pass_path(number)}/{name}"
-            marks = marks_at(address, fingerprint, number, path)
-            found |= {m.block: m for m in marks.values() if path == block_path(number, m.block)}
+    folder = _blocks_path(number)
+    paths = [f"{folder}/{name}" for name in objects.names_in(address, folder)]
+    for path, attributes in objects.read_all_attributes(address, paths):
+        marks = _marks_in(attributes, fingerprint, number)
+        found |= {m.block: m for m in marks.values() if path == block_path(number, m.block)}
     return found
 
 
 def marks_at(address: str, fingerprint: str, number: int, path: str) -> dict[int, Mark]:
     """The marks of a pass that one object holds, by block."""
-    held = (objects.read_attributes(address, path) or {}).get(KEY)
+    return _marks_in(objects.read_attributes(address, path), fingerprint, number)
+
+
+def _marks_in(attributes: dict[str, Any] | None, fingerprint: str, number: int) -> dict[int, Mark]:
+    held = (attributes or {}).get(KEY)
     if not isinstance(held, dict) or held.get("fingerprint") != fingerprint:
         return {}
     marks = {}
@@ -139,7 +150,7 @@ def marks_at(address: str, fingerprint: str, number: int, path: str) -> dict[int
 def are_gathered(address: str, number: int) -> bool:
     """Whether the marks of a pass lie together, twice, and nowhere else."""
     names = objects.names_in(address, pass_path(number))
-    return "copy" in names and not any(name.startswith("block_") for name in names)
+    return "copy" in names and BLOCKS not in names
 
 
 def gather_marks(address: str, fingerprint: str, number: int, marks: Iterable[Mark]) -> None:
@@ -147,9 +158,7 @@ def gather_marks(address: str, fingerprint: str, number: int, marks: Iterable[Ma
     held = sorted(marks, key=lambda mark: mark.block)
     for path in (pass_path(number), copy_path(number)):
         _write(address, fingerprint, number, path, held)
-    for name in objects.names_in(address, pass_path(number)):
-        if name.startswith("block_"):
-            objects.remove_objects(address, f"{pass_path(number)}/{name}")
+    objects.remove_objects(address, _blocks_path(number))
 
 
 def _write(address: str, fingerprint: str, number: int, path: str, marks: Iterable[Mark]) -> None:

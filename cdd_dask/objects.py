@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 IN_MEMORY = "in-memory:"
 """How addresses of stores in this process's memory begin."""
+
+AT_ONCE = 256
+"""Objects that are read at the same time."""
 
 _numbers = itertools.count()
 _memory_stores: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
@@ -51,6 +55,22 @@ def read_object(address: str, key: str) -> bytes | None:
     except FileNotFoundError:  # nor is there a folder
         return None
     return None if found is None else found.to_bytes()
+
+
+def _read_at_once(address: str, keys: list[str]) -> list[bytes]:
+    """The bytes at `keys`, read at the same time; none where there are none."""
+    import asyncio
+
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    store, kind = store_of(address, read_only=True), default_buffer_prototype()
+
+    async def read() -> list[bytes]:
+        found = await asyncio.gather(*(store.get(key, kind) for key in keys))
+        return [b"" if one is None else one.to_bytes() for one in found]
+
+    return sync(read())
 
 
 def write_object(address: str, key: str, data: bytes, *, new: bool = False) -> None:
@@ -108,9 +128,27 @@ def write_group(address: str, path: str, attributes: dict[str, Any]) -> None:
 
 def read_attributes(address: str, path: str) -> dict[str, Any] | None:
     """Attributes of the group at `path`; None where it is not, or cannot be understood."""
-    data = read_object(address, f"{path}/zarr.json".lstrip("/"))
+    return _attributes_in(read_object(address, _group_key(path)) or b"")
+
+
+def read_all_attributes(
+    address: str, paths: list[str]
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Each of `paths` with the attributes of the group there, many read at once."""
+    for start in range(0, len(paths), AT_ONCE):
+        some = paths[start : start + AT_ONCE]
+        documents = _read_at_once(address, list(map(_group_key, some)))
+        yield from zip(some, map(_attributes_in, documents), strict=True)
+
+
+def _group_key(path: str) -> str:
+    return f"{path}/zarr.json".lstrip("/")
+
+
+def _attributes_in(data: bytes) -> dict[str, Any] | None:
+    """Attributes of the group that a document describes; None if it does not."""
     try:
-        document = json.loads(data or b"")
+        document = json.loads(data)
         is_group = document["zarr_format"] == 3 and document["node_type"] == "group"
         attributes = document["attributes"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -133,12 +133,11 @@ def unfinished(plan: Plan, address: str, attributes: dict[str, Any]) -> list[set
     """
     fingerprint, work = attributes["fingerprint"], attributes["scratch"] or address
     passes = plan.passes
-    marks = [read_marks(address, fingerprint, number) for number in range(len(passes))]
-    nature = nature_of(plan, _source_statistics(marks[0]))
+    nature = nature_of(plan, _source_statistics(read_marks(address, fingerprint, 0)))
     needed: set[str] = set()
     left: list[set[int]] = []
     for number in reversed(range(len(passes))):
-        one, done = passes[number], set(marks[number])
+        one, done = passes[number], set(read_marks(address, fingerprint, number))
         reads, writes = uses(plan, one)
         missing = set(range(one.tasks)) - done
         lost: set[int] = set()

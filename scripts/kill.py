@@ -280,7 +280,7 @@ def differences(out: Path, whole: Path) -> tuple[int, list[str]]:
     files = files_of(whole)
     known = files_of(out)
     # a task that outlives its run may leave a mark beside those that were gathered
-    extra = {name for name in known.keys() - files.keys() if "/block_" not in name}
+    extra = {name for name in known.keys() - files.keys() if "/blocks/" not in name}
     found += [f"{out.name}: {name} is left over" for name in sorted(extra)]
     found += [f"{out.name}: {name} differs" for name in files if known.get(name) != files[name]]
     return wrong, found

@@ -72,7 +72,7 @@ def test_killed_before_marks_are_gathered(
         cdd_dask.decompose(tmp_path / "field.npy", tmp_path / "out.zarr", **options)
     monkeypatch.undo()
     done = tmp_path / "out.zarr/done/pass_0001"
-    assert len(list(done.glob("block_*"))) == 18
+    assert len(list(done.glob("blocks/0*"))) == 18
     cdd_dask.decompose(tmp_path / "field.npy", tmp_path / "out.zarr", **options)
     assert {path.name for path in done.iterdir()} == {"zarr.json", "copy"}
 

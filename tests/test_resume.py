@@ -297,8 +297,8 @@ def test_a_mark_that_means_nothing_is_none(
     """Its block is computed again."""
     out = tmp_path / "half.zarr"
     shutil.copytree(begun[1] / "half.zarr", out)
-    mark = sorted(out.glob("done/pass_*/block_*/zarr.json"))[0]
-    number, block = (int(part.name.split("_")[1]) for part in (mark.parents[1], mark.parent))
+    mark = sorted(out.glob("done/pass_*/blocks/0*/zarr.json"))[0]
+    number, block = int(mark.parents[2].name.removeprefix("pass_")), int(mark.parent.name)
     document = json.loads(mark.read_text())
     held = document["attributes"]["cdd_dask"]
     if damage == "stale":
