@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +20,8 @@ IN_MEMORY = "in-memory:"
 
 AT_ONCE = 256
 """Objects that are read at the same time."""
+NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
+"""What file systems without hard links say to one: exFAT, SMB, some of FUSE."""
 
 _numbers = itertools.count()
 _memory_stores: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
@@ -79,7 +84,14 @@ def write_object(address: str, key: str, data: bytes, *, new: bool = False) -> N
     from zarr.core.sync import sync
 
     store, value = store_of(address), default_buffer_prototype().buffer.from_bytes(data)
-    sync(store.set_if_not_exists(key, value) if new else store.set(key, value))
+    try:
+        sync(store.set_if_not_exists(key, value) if new else store.set(key, value))
+    except OSError as error:
+        if not new or "://" in address or error.errno not in NO_LINKS:
+            raise
+        # Zarr gives a new file its name by a hard link, after it has written it
+        with suppress(FileExistsError), (Path(address) / key).open("xb") as file:
+            file.write(data)
 
 
 def remove_object(address: str, key: str) -> None:

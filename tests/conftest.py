@@ -56,6 +56,12 @@ def outputs() -> Callable[..., NDArray[Any]]:
 
 
 @pytest.fixture
+def free_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A further pass costs no more than its bytes, as in blocks far larger than those here."""
+    monkeypatch.setattr("cdd_dask.drafts.REOPENING", 0.0)
+
+
+@pytest.fixture
 def fits_cube(tmp_path: Path, lognormal: Callable[..., NDArray[Any]]) -> Path:
     """A FITS file with the traits of an observed cube: big-endian, a world, a tenth negative."""
     fits = pytest.importorskip("astropy.io.fits")

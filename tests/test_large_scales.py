@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from test_closure import blobs, noise, signed, turbulence
 
 import cdd_dask
-from cdd_dask import drafts, store
+from cdd_dask import store
 from cdd_dask.decomposition import Decomposition
 from cdd_dask.errors import BudgetError
 from cdd_dask.plans import Plan
@@ -89,12 +89,6 @@ def compare(
     blocked = cdd_dask.decompose(field, block=block, memory=memory, **options)
     assert is_exact(field, blocked)
     return whole, blocked
-
-
-@pytest.fixture
-def free_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A further pass costs no more than its bytes, as in blocks far larger than those here."""
-    monkeypatch.setattr(drafts, "REOPENING", 0.0)
 
 
 # how exact

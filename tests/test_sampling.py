@@ -145,6 +145,7 @@ def test_upsampled_channels(tmp_path: Path, upsample: int, boundary: str):
     assert all(s.l2 <= 1e-4 for s in found.samples)
 
 
+@pytest.mark.usefixtures("free_passes")
 @pytest.mark.parametrize("options", [{}, {"inverted": True}, {"boundary": "wrap"}], ids=str)
 def test_coarse_kernels_are_judged_by_l2(tmp_path: Path, options: dict[str, Any]):
     """Full kernels, or ones a level finer, tell what the run's coarse ones did."""
