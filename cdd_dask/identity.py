@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from cdd_dask import store
 from cdd_dask.blocks import Region
-from cdd_dask.errors import DifferentRunError
+from cdd_dask.errors import DifferentRunError, SourceReadError
 from cdd_dask.plans import Plan
 from cdd_dask.readers import Source
+from cdd_dask.readers.versions import file_versions, zarr_versions
 
 SAMPLES = 64
 """Regions of a large source whose content is hashed, at the most; fewer where chunks are large."""
@@ -106,39 +105,37 @@ def _plain(value: Any) -> Any:
 def source_identity(source: Source) -> dict[str, Any]:
     """What a source is: where it lies, its shape and type, when it was written, what it holds.
 
-    The content is hashed whole where it is small or in NumPy's memory, else in samples; files say
-    besides how large they are and when they were last written.
+    The content is hashed whole where it is small or in NumPy's memory, else in samples; files and
+    objects say besides how large they are and when they were last written, or their ETag.
+
+    Raises
+    ------
+    SourceReadError
+        If it cannot be read.
     """
     known: dict[str, Any] = {"shape": source.shape, "dtype": source.dtype.str}
     if source.portable:
         known["address"] = source.address
-    if source.path is not None:
-        known |= _file_state(source.path)
-    identity: dict[str, Any] = _plain({**known, "content": _content(source)})
+    regions = list(_sampled_regions(source))
+    known |= _versions(source, regions)
+    identity: dict[str, Any] = _plain({**known, "content": _content(source, regions)})
     return identity
 
 
-def _file_state(path: Path) -> dict[str, Any]:
-    """Size and time of the last change of a file, or of all files in a folder."""
-    if path.is_file():
-        state = path.stat()
-        return {"bytes": state.st_size, "modified": state.st_mtime_ns}
-    size, modified, count, folders = 0, 0, 0, [path]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    folders.append(Path(entry.path))
-                    continue
-                state = entry.stat()
-                size, count = size + state.st_size, count + 1
-                modified = max(modified, state.st_mtime_ns)
-    return {"bytes": size, "modified": modified, "files": count}
+def _versions(source: Source, regions: Sequence[Region]) -> dict[str, Any]:
+    """What is said of a source's files, without reading them."""
+    try:
+        if source.is_zarr:
+            return zarr_versions(source.address, regions)
+        return file_versions(source.files) if source.files else {}
+    except Exception as error:  # it may be gone, and storage fails in any way
+        raise SourceReadError(
+            f"{source.description} cannot be read: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _content(source: Source) -> str:
+def _content(source: Source, regions: Sequence[Region]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    regions = _sampled_regions(source)
     for region in regions:
         digest.update(np.ascontiguousarray(source.read(region)).tobytes())
     return digest.hexdigest()

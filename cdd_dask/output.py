@@ -10,6 +10,7 @@ from cdd_dask import lease
 from cdd_dask.addresses import check_address
 from cdd_dask.errors import DiskSpaceError, InputError, OutputAccessError, OutputExistsError
 from cdd_dask.memory import format_bytes
+from cdd_dask.objects import store_of
 from cdd_dask.plans import Plan
 from cdd_dask.readers import Source
 from cdd_dask.store import is_our_store
@@ -182,7 +183,7 @@ def _check_remote(address: str, overwrite: bool) -> None:
     import zarr
 
     try:
-        zarr.open_group(address, mode="r")
+        zarr.open_group(store_of(address, read_only=True), mode="r")
     except FileNotFoundError:
         return
     except (ImportError, OSError, ValueError) as error:

@@ -60,6 +60,8 @@ class Source:
     """Unit of the spacing per axis, where the source states it."""
     file_shape: tuple[int, ...] | None = None
     """Shape in the file, where that has axes of length 1 that `shape` leaves out."""
+    further_files: tuple[Path, ...] = ()
+    """All files that its values lie in, where they are not `path` alone."""
 
     @property
     def path(self) -> Path | None:
@@ -67,6 +69,11 @@ class Source:
         if not self.portable or "://" in self.address:
             return None
         return Path(split_address(self.address)[0])
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it is read from: `path`, where it has one, and further files."""
+        return () if self.path is None else tuple(dict.fromkeys([self.path, *self.further_files]))
 
     def read(self, region: Region) -> NDArray[Any]:
         """The values of a region, modulo the shape, in the source's dtype.

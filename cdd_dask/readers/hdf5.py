@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +52,7 @@ def open_hdf5(path: Path, part: str | None = None) -> Source:
         dataset = file[name]
         if dataset.shape is None:
             raise InputError(f"{path}::{name} holds no values")
-        _check_sources(path, dataset)
+        files = tuple(dict.fromkeys(_files(path, name, set())))
         attributes = {key: _simple(value) for key, value in _items(dataset.attrs)}
         full, stored = tuple(map(int, dataset.shape)), np.dtype(dataset.dtype)
         chunk = dataset.chunks and tuple(map(int, dataset.chunks))
@@ -76,6 +78,7 @@ def open_hdf5(path: Path, part: str | None = None) -> Source:
         spacing=spacing,
         units=units,
         file_shape=full if len(kept) < len(full) else None,
+        further_files=files,
     )
 
 
@@ -131,15 +134,44 @@ def _choose(path: Path, file: Any, part: str | None) -> str:
     raise InputError(f"{problem}: name one of {listed}{more}")
 
 
-def _check_sources(path: Path, dataset: Any) -> None:
-    """Refuse a virtual dataset some of whose files are gone: HDF5 would read its fill value."""
-    if not dataset.is_virtual:
-        return
-    for source in dataset.virtual_sources():
-        name = source.file_name
-        # as HDF5 looks for it; patterns of names it resolves by itself
-        if name != "." and "%b" not in name and not (path.parent / name).exists():
-            raise SourceReadError(f"{path}::{dataset.name} needs {name}, which is not there")
+def _files(path: Path, name: str, met: set[tuple[Path, str]]) -> Iterator[Path]:
+    """All files that a dataset's values lie in: behind a link, external, or a virtual one's parts.
+
+    Raises
+    ------
+    SourceReadError
+        If a part is gone: HDF5 would read its fill value.
+    """
+    import h5py
+
+    met.add((path, name))
+    with _open(path) as file:
+        dataset = file.get(name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise SourceReadError(f"{path}::{name} is part of another dataset, but is not there")
+        home = Path(dataset.file.filename).absolute()
+        external = [Path(raw).absolute() for raw, *_ in dataset.external or ()]
+        virtual = dataset.virtual_sources() if dataset.is_virtual else ()
+        parts = sorted({(part.file_name, part.dset_name) for part in virtual})
+    yield home
+    yield from external
+    for file_name, part_name in parts:
+        found = [home] if file_name == "." else _matching(home, file_name)
+        if not found and "%b" not in file_name:
+            raise SourceReadError(f"{path}::{name} needs {file_name}, which is not there")
+        for part in found:
+            yield part
+            if "%b" not in part_name and (part, part_name) not in met:
+                yield from _files(part, part_name, met)
+
+
+def _matching(home: Path, name: str) -> list[Path]:
+    """Files that a virtual dataset in `home` calls `name`, a pattern where it holds ``%b``."""
+    pattern = "[0-9]*".join(map(glob.escape, name.split("%b")))
+    for folder in (home.parent, Path.cwd(), home.resolve().parent):  # HDF5's order
+        if found := glob.glob(os.path.join(glob.escape(str(folder)), pattern)):
+            return [Path(os.path.abspath(path)) for path in sorted(found)]
+    return []
 
 
 def _is_field(dataset: Any) -> bool:

@@ -63,6 +63,7 @@ def open_nifti(path: Path, part: str | None = None) -> Source:
         if not isinstance(image, nibabel.Nifti1Pair):
             raise SourceReadError(f"{path} is no NIfTI file, but {type(image).__name__}")
         file = Path(image.file_map["image"].filename)
+        files = tuple(Path(holder.filename) for holder in image.file_map.values())
         offset, stored = int(voxels.offset), np.dtype(header.get_data_dtype())
         slope, intercept = float(voxels.slope), float(voxels.inter)
     except (ImageFileError, HeaderDataError, OSError, ValueError, EOFError, zlib.error) as error:
@@ -107,6 +108,7 @@ def open_nifti(path: Path, part: str | None = None) -> Source:
         spacing=spacing,
         units=units,
         file_shape=full if len(kept) < len(full) else None,
+        further_files=files,
     )
 
 

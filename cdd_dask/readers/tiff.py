@@ -48,20 +48,23 @@ def open_tiff(path: Path, part: str | None = None) -> Source:
         series = file.series[number]
         full, axes = tuple(map(int, series.shape)), series.axes.lower()
         offset = series.dataoffset
-        stored = np.dtype(series.dtype).newbyteorder(file.byteorder)
         page = series.keyframe
+        # those of an OME-TIFF lie in files that its metadata name, and which need not be this one
+        pages = series.pages if series.is_multifile else [page]
+        files = [Path(one.parent.filehandle.path) for one in pages if one is not None]
+        stored = np.dtype(series.dtype).newbyteorder(page.parent.byteorder)
         tile = tuple(map(int, page.chunks)) if page.chunks else ()
         header = file.ome_metadata or file.pages.first.description or None
         steps = _spacing(file, number)
     kept = squeezed(full)
     shape = tuple(full[axis] for axis in kept)
     if offset is not None:
-        expected, present = offset + stored.itemsize * math.prod(full), path.stat().st_size
+        expected, present = offset + stored.itemsize * math.prod(full), files[0].stat().st_size
         if present < expected:
             raise SourceReadError(
-                f"{path} is truncated: its pages need {expected} bytes, it has {present}"
+                f"{files[0]} is truncated: its pages need {expected} bytes, it has {present}"
             )
-        array: Any = np.memmap(path, stored, "r", offset, shape)
+        array: Any = np.memmap(files[0], stored, "r", offset, shape)
         chunk = None
     else:
         check_decodable(path, tile or full, stored.itemsize)
@@ -89,6 +92,7 @@ def open_tiff(path: Path, part: str | None = None) -> Source:
         spacing=spacing if set(names) & steps.keys() else None,
         units=units if set(names) & steps.keys() else None,
         file_shape=full if len(kept) < len(full) else None,
+        further_files=tuple(dict.fromkeys(files)),
     )
 
 

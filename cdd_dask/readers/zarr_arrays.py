@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cdd_dask.errors import InputError, SourceNotFoundError, SourceReadError
+from cdd_dask.objects import store_of
 from cdd_dask.readers.base import Source
 from cdd_dask.readers.regions import read_region
 from cdd_dask.readers.units import plain_unit
@@ -36,7 +37,7 @@ def open_zarr(address: str) -> Source:
     from zarr.errors import BaseZarrError
 
     try:
-        node = zarr.open(address, mode="r")
+        node = zarr.open(store_of(address, read_only=True), mode="r")
     except FileNotFoundError as error:
         if "://" not in address and Path(address).exists():
             raise SourceReadError(f"source {address} is a folder without a Zarr array") from error
@@ -99,7 +100,8 @@ def _ome_axes(address: str, ndim: int) -> Axes:
         if not parent or parent.endswith(":/"):
             break
         try:
-            attributes = zarr.open_group(parent, mode="r").attrs.asdict()
+            group = zarr.open_group(store_of(parent, read_only=True), mode="r")
+            attributes = group.attrs.asdict()
             return _transformed(attributes, path, ndim)
         except Exception:  # no group, or odd metadata, which must not keep us from reading
             continue
