@@ -19,7 +19,6 @@ from cdd_dask.errors import (
     BlockError,
     BudgetError,
     DifferentRunError,
-    LeaseError,
     OutputExistsError,
     RunError,
     StoreError,
@@ -495,17 +494,6 @@ def test_overwriting_starts_anew(executed: Any, begun: tuple[Path, Path], tmp_pa
 # one run at a time
 
 
-def test_a_second_run_is_refused(tmp_path: Path, lognormal: Any):
-    """While the first one holds the lease; its message says who."""
-    field, out = lognormal((20, 20)), tmp_path / "out.zarr"
-    with lease.Lease(str(out)):
-        for more in ({}, {"overwrite": True}):
-            with pytest.raises(LeaseError, match=rf"being written by .*, process {os.getpid()}"):
-                cdd_dask.decompose(field, out, max_scale=4, progress=False, **more)
-        cdd_dask.decompose(field, out, max_scale=4, progress=False, break_lease=True)
-    assert cdd_dask.open_decomposition(out)
-
-
 def test_what_is_left_beside_a_complete_output_goes(
     tmp_path: Path, lognormal: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -530,60 +518,6 @@ def test_what_is_left_beside_a_complete_output_goes(
     names = {path.name for path in (*out.rglob("*"), *tmp_path.iterdir())}
     assert not names & {"pass_0000", "lease"}
     assert not any(name.startswith("cdd-dask-") for name in names)
-
-
-@pytest.mark.parametrize(
-    ("change", "free"),
-    [
-        ({"process": 2**22 + 1}, True),
-        ({"born": 1.0}, True),
-        ({"host": "elsewhere"}, False),
-        ({"host": "elsewhere", "beat": 1.0}, True),
-        ({"beat": 1.0}, True),
-        (None, False),
-    ],
-)
-def test_who_is_gone_holds_nothing(change: Any, free: bool, tmp_path: Path):
-    """A process that died on this host, at once; one elsewhere after a while; never if torn."""
-    out = str(tmp_path / "out.zarr")
-    with lease.Lease(out):
-        kept = (tmp_path / "out.zarr/lease/zarr.json").read_text()
-    document = json.loads(kept)
-    if change is not None:
-        document["attributes"] |= {"token": "other", **change}
-    (tmp_path / "out.zarr/lease").mkdir(parents=True)
-    text = json.dumps(document) if change is not None else kept[:40]
-    (tmp_path / "out.zarr/lease/zarr.json").write_text(text)
-    if free:
-        with lease.Lease(out):
-            pass
-        return
-    with pytest.raises(LeaseError, match=r"--break-lease"), lease.Lease(out):
-        pass
-    with lease.Lease(out, break_it=True):
-        pass
-
-
-def test_a_lease_that_is_lost_stops_the_run(
-    tmp_path: Path, lognormal: Any, monkeypatch: pytest.MonkeyPatch
-):
-    """At the next heartbeat, with what is done left for the other run."""
-    monkeypatch.setattr(lease, "SECONDS_BETWEEN_BEATS", 0.05)
-    out = tmp_path / "out.zarr"
-    original = run.run_task
-
-    def slow(task: Any) -> Any:
-        if task.block == 3:
-            lease.Lease(str(out), break_it=True)._take()
-            time.sleep(0.3)
-        return original(task)
-
-    monkeypatch.setattr(run, "run_task", slow)
-    with pytest.raises(LeaseError, match="was taken over by"):
-        cdd_dask.decompose(lognormal((64, 64)), out, max_scale=4, block=16, progress=False)
-    with pytest.raises(StoreError, match="not complete"):
-        cdd_dask.open_decomposition(out)
-    assert (out / "lease").exists()  # the other's
 
 
 def test_nothing_else_is_gone_on_with(tmp_path: Path):
