@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
@@ -27,7 +28,7 @@ from cdd_dask.output import (
     output_address,
     scratch_address,
 )
-from cdd_dask.parameters import MAX_NDIM, Parameters, check_count
+from cdd_dask.parameters import MAX_NDIM, MAX_VOXELS, Parameters, check_count
 from cdd_dask.planner import make_plan
 from cdd_dask.plans import Plan, Resources, Volume
 from cdd_dask.preflight import preflight
@@ -387,6 +388,11 @@ def _request(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> Req
             source_chunk=source.chunk,
             is_zarr=source.is_zarr,
             has_nan=source.dtype.kind == "f",
+        )
+    if math.prod(volume.shape) > MAX_VOXELS:
+        raise InputError(
+            f"a volume of shape {volume.shape!s:.200} has more than {MAX_VOXELS:.1e} voxels, "
+            "which no disk holds: is its header damaged? Else decompose a part"
         )
     names = ("engine", "device", "memory", "executor", "workers", "client")
     resources = resolve_resources(

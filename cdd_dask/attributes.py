@@ -19,11 +19,12 @@ from cdd_dask.addresses import UNPRINTABLE, check_address
 from cdd_dask.blocks import Grid, storage_chunks
 from cdd_dask.engines import ENGINES, Footprint
 from cdd_dask.errors import InputError, StoreError
+from cdd_dask.layout import usable_names
 from cdd_dask.parameters import MAX_NDIM, Parameters
 from cdd_dask.plans import Resources, Speeds, Stage, Volume
 from cdd_dask.readers.base import LARGEST_VOLUME
 from cdd_dask.scales import MOST_CHANNELS, scale_edges
-from cdd_dask.store import FORMAT_VERSION, usable_names
+from cdd_dask.store import FORMAT_VERSION
 
 Rule = Callable[[str, Any], None]
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdd_dask import store
+from cdd_dask import layout, store
 from cdd_dask.blocks import Grid
 from cdd_dask.engines import Diffusion, Engine, load_engine
 from cdd_dask.errors import CalibrationError, InputError
@@ -203,12 +203,12 @@ def _disk_speeds(field: NDArray[Any], folder: Path | None) -> tuple[float, float
     """Bytes read and written per second, before compression, through a store like a run's."""
     side = len(field)
     grid = Grid((SHARDS * side, side, side), field.shape)
-    axes = tuple(store.Axis(name, 1.0, None) for name in "zyx")
+    axes = tuple(layout.Axis(name, 1.0, None) for name in "zyx")
     paths = [store.image_path(name) for name in (store.channel_name(0), store.RESIDUAL)]
     store.rehearse()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".cdd-dask-") as scratch:
         address = f"{scratch}/disk.zarr"
-        store.create_store(address, grid, (1.0,), axes, {"parameters": Parameters().as_dict()})
+        layout.create_store(address, grid, (1.0,), axes, {"parameters": Parameters().as_dict()})
 
         def write(path: str) -> None:
             for number in range(SHARDS):

@@ -221,13 +221,19 @@ def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> D
         known: Any = root.attrs[store.KEY]
         complete = known["complete"]
     except Exception as error:  # damaged metadata make Zarr fail in any way
+        if store.remembered(address) is not None:
+            raise StoreError(
+                f"{address} is damaged, its root cannot be read ({_reason(error)}): `cdd-dask "
+                "repair` mends a finished store, the same call of decompose goes on with others"
+            ) from error
         raise StoreError(
             f"{address} is no decomposition store of cdd-dask that can be read: {_reason(error)}"
         ) from error
     if complete is False and not allow_incomplete:
         raise StoreError(
             f"{address} is not complete: its run is still going on, or was stopped, and the same "
-            "call of decompose goes on with it; look at what is there with allow_incomplete=True"
+            "call of decompose goes on with it; look at what is there with allow_incomplete=True "
+            "(cdd-dask info --allow-incomplete)"
         )
     try:
         return Decomposition(address, root)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any
 
-from cdd_dask.errors import ClusterError, InputError, StoreError
+from cdd_dask.errors import CddError, ClusterError, InputError, StoreError
 
 CALL_TRIES = 6
 """How often a call to storage is tried that fails for a passing reason."""
@@ -139,6 +139,12 @@ def is_disk_full(error: BaseException) -> bool:
 def stops(error: BaseException) -> bool:
     """Whether an error, or one that caused it, ends a run: it needs data, a store and a cluster."""
     return any(isinstance(one, ClusterError | InputError | StoreError) for one in _chain(error))
+
+
+def is_understood(error: BaseException) -> bool:
+    """Whether the last cause of an error is one that its message explains: no traceback helps."""
+    *_, last = _chain(error)
+    return isinstance(last, CddError | OSError | MemoryError)
 
 
 def wait_before(tries: int, draw: Callable[[], float] = random.random) -> float:

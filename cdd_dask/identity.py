@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -74,12 +75,18 @@ def check_same(begun: dict[str, Any], wanted: dict[str, Any], address: str) -> N
     DifferentRunError
         The message names the first field that differs, with both values.
     """
-    for name, old, new in _differences(begun, wanted):
+    if difference := difference_of(begun, wanted):
         raise DifferentRunError(
-            f"out={address} was begun with {name}={_shown(old)}, and now {name}={_shown(new)}: go "
-            "on with what it was begun with, name another output, or start anew with "
-            "overwrite=True (--overwrite)"
+            f"out={address} was begun with {difference}: go on with what it was begun with, name "
+            "another output, or start anew with overwrite=True (--overwrite)"
         )
+
+
+def difference_of(begun: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The first field that differs between two identities, with both values; "" if none does."""
+    for name, old, new in _differences(begun, wanted):
+        return f"{name}={_shown(name, old)}, and now {name}={_shown(name, new)}"
+    return ""
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -91,7 +98,9 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any,
         yield name, old, new
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
+    if name.endswith("modified") and isinstance(value, int):  # in ns since the epoch
+        return datetime.fromtimestamp(value / 1e9).astimezone().isoformat()
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) < 100 else f"{text[:97]}…"
 

@@ -106,10 +106,12 @@ class Holder:
             return not _exists(self.process)
 
     def __str__(self) -> str:
+        if self == UNKNOWN:
+            return "somebody unknown"
         return f"{self.owner} on {self.host}, process {self.process}"
 
 
-UNKNOWN = Holder("", "somebody", "an unknown host", "", 0, 0.0, 0.0, 0.0)
+UNKNOWN = Holder("", "", "", "", 0, 0.0, 0.0, 0.0)
 """Of a lease that cannot be understood."""
 
 
@@ -271,7 +273,7 @@ class Lease:
         start = f"{self._address} is being written by {held}, "
         force = "take over with break_lease=True (--break-lease)"
         if held == UNKNOWN:
-            return f"{start}as its lease cannot be read: if surely nobody writes to it, {force}"
+            return f"{start}whose lease cannot be read: if surely no run writes to it, {force}"
         heard = f"who was last heard of {age} s ago"
         if age < 0:
             heard = f"whose last sign of life is {-age} s ahead of this host's clock"

@@ -147,10 +147,12 @@ def _marks_in(attributes: dict[str, Any] | None, fingerprint: str, number: int) 
     return marks
 
 
-def are_gathered(address: str, number: int) -> bool:
-    """Whether the marks of a pass lie together, twice, and nowhere else."""
-    names = objects.names_in(address, pass_path(number))
-    return "copy" in names and BLOCKS not in names
+def are_gathered(address: str, fingerprint: str, number: int, marks: dict[int, Mark]) -> bool:
+    """Whether the `marks` of a pass lie together, twice, and nowhere else."""
+    places = (pass_path(number), copy_path(number))
+    return BLOCKS not in objects.names_in(address, pass_path(number)) and all(
+        marks_at(address, fingerprint, number, place) == marks for place in places
+    )
 
 
 def gather_marks(address: str, fingerprint: str, number: int, marks: Iterable[Mark]) -> None:

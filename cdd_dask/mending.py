@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdd_dask import objects, store
+from cdd_dask import layout, objects, store
 from cdd_dask.blocks import Grid, Region, pieces, with_halo
 from cdd_dask.errors import BudgetError, CddError
 from cdd_dask.executors.serial import SerialExecutor
-from cdd_dask.identity import check_same, source_identity
+from cdd_dask.identity import difference_of, source_identity
 from cdd_dask.lease import Lease
 from cdd_dask.marks import Mark, gather_marks, read_marks
 from cdd_dask.memory import available_memory, byte_count, format_bytes
@@ -131,14 +131,16 @@ class _Mender:
         """Write again what of the metadata is not as it was; marks follow at the end."""
         for damage in self._ledger.damaged_metadata():
             if damage.output:
-                self.impossible.append((damage, "its statistics are lost: decompose again"))
+                self.impossible.append(
+                    (damage, "its statistics are lost: decompose anew (--overwrite)")
+                )
             else:
                 self.repaired.append(damage)
         keys = {damage.key for damage in self.repaired}
         with self._ledger.template() as expected:
-            for path in filter(Path.is_file, map(expected.joinpath, sorted(keys))):
-                key = path.relative_to(expected).as_posix()
-                objects.write_object(self._address, key, path.read_bytes())
+            for key in sorted(keys & {*layout.objects_of(expected)}):
+                whole = objects.read_object(expected, key) or b""
+                objects.write_object(self._address, key, whole)
 
     def mend_blocks(self, source: Any, progress: bool) -> None:
         """Find the damaged blocks and make them again."""
@@ -155,16 +157,16 @@ class _Mender:
         try:
             opened = source_of(self._ledger.attributes["source"], self._plan.volume.shape, source)
         except (CddError, OSError) as error:
-            self.impossible += [(damage, f"the source is gone ({error})") for damage in found]
+            self.impossible += [
+                (damage, f"no source to compute it from: {error}") for damage in found
+            ]
             return
         wanted, given = (
             {"source": {name: one[name] for name in CONTENT}}
             for one in (self._ledger.attributes["identity"]["source"], source_identity(opened))
         )
-        try:
-            check_same(wanted, given, self._address)
-        except CddError as error:
-            self._approximate(opened, found, f"the source is another one: {error}")
+        if difference := difference_of(wanted, given):
+            self._approximate(opened, found, f"the source is another one, it had {difference}")
             return
         differing = self._recompute(opened, found, progress)
         why = "computed again it is not what its run wrote: other versions, or another machine"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -125,6 +126,31 @@ def names_in(address: str, folder: str) -> list[str]:
         return [name async for name in store.list_dir(folder)]
 
     return sorted(name.rstrip("/") for name in sync(names()))
+
+
+def keys_below(store: Store, folder: str) -> set[str]:
+    """Keys in `folder` and all below, but those of empty files: a lost machine may leave them."""
+    from zarr.core.sync import sync
+    from zarr.storage import LocalStore
+
+    inner = getattr(store, "_store", store)
+    if isinstance(inner, LocalStore):
+        return set(_files_in(inner.root / folder, folder))
+
+    async def keys() -> set[str]:
+        return {key async for key in store.list_prefix(f"{folder}/")}
+
+    return sync(keys())
+
+
+def _files_in(place: Path, key: str) -> Iterator[str]:
+    with suppress(FileNotFoundError), os.scandir(place) as entries:
+        for entry in entries:
+            below = f"{key}/{entry.name}"
+            if entry.is_dir():
+                yield from _files_in(Path(entry.path), below)
+            elif entry.stat().st_size:
+                yield below
 
 
 def group_document(attributes: dict[str, Any]) -> bytes:

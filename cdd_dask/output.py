@@ -146,12 +146,18 @@ def check_apart(address: str, source: Source) -> None:
     InputError
         If they overlap.
     """
-    if "://" in address or source.path is None:
+    if "://" in address:
         return
     try:
-        out, source_path = Path(address).resolve(), source.path.resolve()
+        out = Path(address).resolve()
+        source_path = None if source.path is None else source.path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
         raise OutputAccessError(f"out={address} cannot be used: {error}") from error
+    for folder in out.parents:
+        if (folder / "zarr.json").exists() and is_our_store(folder):
+            raise InputError(f"out={out} lies in the decomposition {folder}: name another output")
+    if source_path is None:
+        return
     if out == source_path:
         raise InputError(f"out={out} is the source: name another output")
     if source_path in out.parents:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cdd_dask import objects, store
+from cdd_dask import store
 from cdd_dask.attributes import check_root
 from cdd_dask.blocks import Grid
 from cdd_dask.errors import (
@@ -117,12 +117,10 @@ class Begun:
 def find_begun(address: str) -> Begun | None:
     """The output at `address`, if a run has begun one there."""
     try:
-        attributes = (objects.read_attributes(address, "") or {}).get(store.KEY)
+        attributes = store.remembered(address)
     except (ImportError, OSError, ValueError) as error:
         raise OutputAccessError(f"out={address} cannot be reached: {error}") from error
-    if not isinstance(attributes, dict) or "format_version" not in attributes:
-        return None
-    return Begun(address, attributes)
+    return None if attributes is None else Begun(address, attributes)
 
 
 def unfinished(plan: Plan, address: str, attributes: dict[str, Any]) -> list[set[int]]:

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from cdd_dask import store
+from cdd_dask import layout, store
 from cdd_dask.errors import AGAIN, CddError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
@@ -59,17 +59,22 @@ def prepare_store(
         "fingerprint": fingerprint_of(identity),
         **_how_it_runs(plan, source),
     }
-    if scratch:
-        store.create_scratch(attributes["scratch"], run)
-    store.create_store(address, plan.grid, plan.edges, _axes(plan, source), attributes)
+    layout.create_store(address, plan.grid, plan.edges, _axes(plan, source), attributes)
+    if scratch:  # which a run that goes on makes if it is not there
+        store.take_scratch(attributes["scratch"], run)
     return run
 
 
 def go_on_with_store(plan: Plan, source: Source, address: str) -> str:
-    """Make a store that another run has begun this run's own, and return this run's name."""
-    run = uuid.uuid4().hex[:12]
+    """Make a store that another run has begun this run's own, and return this run's name.
+
+    What it lacks of its metadata is written again.
+    """
+    run, attributes = uuid.uuid4().hex[:12], store.remembered(address)
+    if attributes is None:
+        raise StoreError(f"the store at {address} is gone: was it deleted?")
+    layout.restore_metadata(address, plan.grid, plan.edges, _axes(plan, source), attributes)
     root = store.open_root(address, "r+")
-    attributes: Any = root.attrs[store.KEY]
     scratch = attributes["scratch"]
     if scratch:
         store.take_scratch(scratch, run)
@@ -110,10 +115,10 @@ def _how_it_runs(plan: Plan, source: Source) -> dict[str, Any]:
     }
 
 
-def _axes(plan: Plan, source: Source) -> tuple[store.Axis, ...]:
+def _axes(plan: Plan, source: Source) -> tuple[layout.Axis, ...]:
     """The axes as the store describes them: in the unit of scales where those have a spacing."""
     parameters, ndim = plan.parameters, len(plan.volume.shape)
-    names = store.usable_names(source.dimension_names, ndim)
+    names = layout.usable_names(source.dimension_names, ndim)
     decomposed = parameters.decomposed_axes(ndim)
     # across the slices nothing is computed, so there the source's own unit may be another
     units = [
@@ -122,7 +127,7 @@ def _axes(plan: Plan, source: Source) -> tuple[store.Axis, ...]:
     ]
     if parameters.spacing is None:
         units = [None] * ndim
-    return tuple(map(store.Axis, names, parameters.voxel_spacing(ndim), units))
+    return tuple(map(layout.Axis, names, parameters.voxel_spacing(ndim), units))
 
 
 def execute(
@@ -163,6 +168,8 @@ def execute(
     except (OSError, StoreError) as error:
         if isinstance(error, CddError) and not isinstance(error, StoreError):
             raise
+        if not store.on_disk(address):
+            raise RunError(f"the run stopped: {error}") from error
         raise RunError(
             f"the run stopped, and {address} is left incomplete: {error}; {AGAIN} to go on"
         ) from error
@@ -225,7 +232,7 @@ def carry_out(
             blocks = sorted(left[number])
             marks |= _run_pass(plan, source, batch, blocks, executor, progress, check)
         # also those of a run that was stopped after the last block
-        if marks and not are_gathered(address, number):
+        if marks and not are_gathered(address, fingerprint, number, marks):
             gather_marks(address, fingerprint, number, marks.values())
         progress.skip(_work(plan, one) * (one.tasks - len(left[number])))
         for block in sorted(marks):  # in this order, so that sums are the same to the bit

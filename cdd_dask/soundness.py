@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cdd_dask import objects, store
+from cdd_dask import layout, objects, store
 from cdd_dask.attributes import check_root
 from cdd_dask.decomposition import open_decomposition
 from cdd_dask.errors import StoreError
@@ -165,8 +163,7 @@ class Ledger:
     def damaged_metadata(self) -> Iterator[Damage]:
         """What of groups, arrays, coordinates and marks is not as the run left it."""
         with self.template() as expected:
-            for path in sorted(file for file in expected.rglob("*") if file.is_file()):
-                key = path.relative_to(expected).as_posix()
+            for key in sorted(layout.objects_of(expected)):
                 if problem := self._difference(expected, key):
                     yield Damage(f"{key} {problem}", key=key)
         for name in self.names:
@@ -181,25 +178,23 @@ class Ledger:
                     yield Damage(f"{key} lacks done marks, or holds damaged ones", key=key)
 
     @contextmanager
-    def template(self) -> Iterator[Path]:
-        """A store of the same metadata without its marks and its data, in a temporary folder."""
+    def template(self) -> Iterator[str]:
+        """Address of a store in memory, of the same metadata without its marks and its data."""
         known = self.attributes
-        axes = tuple(store.Axis(*axis) for axis in known["axes"])
-        with tempfile.TemporaryDirectory(prefix="cdd-dask-template-") as folder:
-            expected = Path(folder, "store")
-            store.create_store(str(expected), self.plan.grid, known["edges"], axes, known)
+        axes = tuple(layout.Axis(*axis) for axis in known["axes"])
+        with layout.metadata(self.plan.grid, known["edges"], axes, known) as expected:
             for name, attributes in self.kept.items():
-                path = expected / name / "zarr.json"
-                document = json.loads(path.read_text())
+                key = f"{name}/{layout.ROOT}".lstrip("/")
+                document = json.loads(objects.read_object(expected, key) or b"")
                 document["attributes"][store.KEY] = attributes
-                path.write_text(json.dumps(document, indent=2))
-            keep_copy(str(expected), self.kept)
+                objects.write_object(expected, key, json.dumps(document, indent=2).encode())
+            keep_copy(expected, self.kept)
             yield expected
 
-    def _difference(self, expected: Path, key: str) -> str:
+    def _difference(self, expected: str, key: str) -> str:
         """What an object lacks of what is expected, in words."""
-        wanted, found = (expected / key).read_bytes(), objects.read_object(self.address, key)
-        if found is None:
+        wanted, found = (objects.read_object(place, key) for place in (expected, self.address))
+        if found is None or wanted is None:
             return "is not there"
         if found == wanted:
             return ""
@@ -207,7 +202,7 @@ class Ledger:
         try:
             if is_chunk:  # of coordinates, which another version may compress otherwise
                 values = store.read_block(self.address, path, ())
-                same = np.array_equal(values, store.read_block(str(expected), path, ()))
+                same = np.array_equal(values, store.read_block(expected, path, ()))
                 return "" if same else "is damaged"
             return _other(json.loads(wanted), json.loads(found))
         except Exception:  # whatever was put there

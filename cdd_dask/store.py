@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -35,10 +34,11 @@ from cdd_dask import lease
 from cdd_dask.blocks import Grid, Region, pieces, storage_chunks
 from cdd_dask.errors import AGAIN, DamagedError, StoreError
 from cdd_dask.faults import Fault
-from cdd_dask.marks import keep_copy
+from cdd_dask.marks import keep_copy, read_copy
 from cdd_dask.objects import (
     IN_MEMORY,
     has_object,
+    keys_below,
     names_in,
     read_attributes,
     remove_object,
@@ -57,25 +57,7 @@ KEY = "cdd_dask"
 RESIDUAL = "residual"
 WORK = "work"
 
-OME_UNITS = {
-    "Å": "angstrom", "nm": "nanometer", "µm": "micrometer", "mm": "millimeter",
-    "cm": "centimeter", "m": "meter", "km": "kilometer", "pc": "parsec",
-    "ms": "millisecond", "s": "second", "min": "minute", "h": "hour",
-}  # fmt: skip
-"""Names that OME-Zarr has for units; others it has none for."""
-
 _record: ContextVar[Record | None] = ContextVar("record", default=None)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """An axis of the volume, as its coordinate array and the OME metadata describe it."""
-
-    name: str
-    spacing: float
-    """Distance of neighbouring voxels, 1 where coordinates count voxels."""
-    unit: str | None
-    """Unit of `spacing`, where there is one."""
 
 
 def channel_name(k: int) -> str:
@@ -100,14 +82,20 @@ def open_root(address: str, mode: str = "r") -> zarr.Group:
     return zarr.open_group(store_of(address), mode=mode, zarr_format=3)  # type: ignore[arg-type]
 
 
+def remembered(address: str) -> dict[str, Any] | None:
+    """What the root of a store of ours remembers, or else its copy; None where there is none."""
+    held = (read_attributes(address, "") or {}).get(KEY)
+    for known in (held, read_copy(address).get("")):
+        if isinstance(known, dict) and "format_version" in known:
+            return known
+    return None
+
+
 def is_our_store(path: Path) -> bool:
     """Whether a folder holds a store that this package made, complete or not."""
-    import json
-
     try:
-        metadata = json.loads((path / "zarr.json").read_text())
-        return "format_version" in metadata["attributes"][KEY]
-    except (OSError, ValueError, KeyError, TypeError):
+        return path.is_dir() and remembered(str(path)) is not None
+    except (OSError, ValueError):
         return False
 
 
@@ -116,7 +104,7 @@ def remove_store(path: Path) -> None:
     if not is_our_store(path):
         raise StoreError(f"{path} is no decomposition store: it is not deleted")
     with suppress(OSError, ValueError, KeyError, TypeError):  # it is no store of that run, or gone
-        known = (read_attributes(str(path), "") or {})[KEY]
+        known = remembered(str(path)) or {}
         if known["scratch"]:
             remove_scratch(known["scratch"], known["run"])
     # what makes it a store goes last: until then the rest can be deleted again
@@ -128,112 +116,32 @@ def remove_store(path: Path) -> None:
         path.rmdir()
 
 
-def create_store(
-    address: str,
-    grid: Grid,
-    edges: Sequence[float],
-    axes: tuple[Axis, ...],
-    attributes: dict[str, Any],
-) -> None:
-    """Write all metadata of an empty store; nothing may be there.
-
-    Parameters
-    ----------
-    address
-        Path, URL or memory address.
-    grid
-        The volume cut into blocks; a shard is one block's core.
-    edges
-        Scale edges.
-    axes
-        The volume's axes.
-    attributes
-        What the root remembers under `KEY` besides the format version; the ``parameters`` among
-        it give the type of all fields and the unit of the edges.
-    """
-    import zarr
-    from zarr.errors import ContainsArrayError, ContainsGroupError
-
-    try:
-        # only the lease may be there, which Zarr's mode "w-" would take for a store
-        root = zarr.create_group(store_of(address), zarr_format=3, overwrite=False)
-    except (ContainsGroupError, ContainsArrayError) as error:
-        raise FileExistsError(f"{address} exists") from error
-    known = {"format_version": FORMAT_VERSION, **attributes, "complete": False}
-    write_attributes(address, root, known)
-    lower = [0.0, *edges]
-    for k, (low, high) in enumerate(itertools.pairwise(lower)):
-        _create_output(root, channel_name(k), (low, high), grid, axes, attributes["parameters"])
-    _create_output(root, RESIDUAL, (edges[-1], None), grid, axes, attributes["parameters"])
-
-
-def _create_output(
-    root: zarr.Group,
-    name: str,
-    scales: tuple[float, float | None],
-    grid: Grid,
-    axes: tuple[Axis, ...],
-    parameters: dict[str, Any],
-) -> None:
-    group = root.create_group(name)
-    unit = parameters["unit"] or ("voxel" if parameters["spacing"] is None else None)
-    group.attrs[KEY] = {"scale_from": scales[0], "scale_to": scales[1], "unit": unit}
-    multiscales = _ome_multiscales(name, axes)
-    if multiscales is not None:
-        group.attrs["ome"] = multiscales
-    level = group.create_group("scale0")
-    names = tuple(axis.name for axis in axes)
-    _create_field(level, "image", grid, parameters["dtype"], names)
-    for axis, size in zip(axes, grid.shape, strict=True):
-        coordinates = np.arange(size) * axis.spacing
-        array = level.create_array(axis.name, data=coordinates, dimension_names=(axis.name,))
-        if axis.unit is not None:
-            array.attrs["units"] = axis.unit
-
-
-def _create_field(
+def create_field(
     group: zarr.Group,
     path: str,
     grid: Grid,
     dtype: str,
+    sharded: bool,
     dimension_names: tuple[str, ...] | None = None,
 ) -> None:
-    from zarr.storage import MemoryStore
-
+    """Make an empty array for a volume's values, written block by block."""
     shards, chunks = storage_chunks(grid)
-    in_memory = isinstance(group.store, MemoryStore)
     group.create_array(
         path,
         shape=grid.shape,
         # in memory there is no file to save and nothing to protect: a chunk is a block
-        shards=None if in_memory else shards,
-        chunks=grid.block if in_memory else chunks,
-        compressors=None if in_memory else _codecs(),
+        shards=shards if sharded else None,
+        chunks=chunks if sharded else grid.block,
+        compressors=_codecs() if sharded else None,
         dtype=dtype,
         fill_value=0.0,
         dimension_names=dimension_names,
     )
 
 
-def _ome_multiscales(name: str, axes: tuple[Axis, ...]) -> dict[str, Any] | None:
-    """OME-Zarr 0.5 metadata: for 2 or 3 space axes, after at most one axis of another kind."""
-    names = [axis.name for axis in axes]
-    space = [axis for axis in names if axis in ("z", "y", "x")]
-    others = names[: len(names) - len(space)]
-    if names != [*others, *space] or space not in (["y", "x"], ["z", "y", "x"]) or len(others) > 1:
-        return None
-    kinds = {"t": "time", "c": "channel", "v": "velocity", "f": "frequency", "w": "wavelength"}
-    described = []
-    for axis in axes:
-        kind = "space" if axis.name in space else kinds.get(axis.name, "other")
-        unit = OME_UNITS.get(axis.unit or "")
-        described.append({"name": axis.name, "type": kind, **({"unit": unit} if unit else {})})
-    scale = {"type": "scale", "scale": [axis.spacing for axis in axes]}
-    datasets = [{"path": "scale0/image", "coordinateTransformations": [scale]}]
-    return {
-        "version": "0.5",
-        "multiscales": [{"name": name, "axes": described, "datasets": datasets}],
-    }
+def on_disk(address: str) -> bool:
+    """Whether a store's objects outlive this process."""
+    return not address.startswith(IN_MEMORY)
 
 
 def root_of_run(address: str, run: str, mode: str = "r") -> zarr.Group:
@@ -261,11 +169,6 @@ def attributes_of(address: str, run: str) -> dict[str, Any]:
     """What the root of a run's store remembers."""
     attributes: Any = root_of_run(address, run).attrs[KEY]
     return dict(attributes)
-
-
-def create_scratch(address: str, run: str) -> None:
-    """Make a store of its own for the working arrays of a run."""
-    open_root(address, "w-").attrs[KEY] = {"format_version": FORMAT_VERSION, "run": run}
 
 
 def take_scratch(address: str, run: str) -> None:
@@ -307,7 +210,7 @@ def create_work_array(address: str, run: str, name: str, grid: Grid, dtype: str)
     root = root_of_run(address, run, "r+")
     if not has_object(address, f"{work_path(name)}/zarr.json"):
         remove_objects(address, work_path(name))  # what a killed run left of it
-        _create_field(root, work_path(name), grid, dtype)
+        create_field(root, work_path(name), grid, dtype, on_disk(address))
 
 
 def remove_work_array(address: str, run: str, name: str) -> None:
@@ -528,16 +431,6 @@ def write_attributes(
     root.attrs[KEY] = whole
 
 
-def usable_names(names: tuple[str, ...] | None, ndim: int) -> tuple[str, ...]:
-    """The source's names of its axes, or ``z, y, x`` where they cannot name coordinate arrays."""
-    # what a fourth axis is, nobody can guess
-    default = ("z", "y", "x")[3 - ndim :] if ndim < 4 else ("dim_0", "dim_1", "dim_2", "dim_3")
-    if names is None or len({*names, "image"}) <= ndim:
-        return default
-    plain = all(re.fullmatch(r"[^\W_][\w .()-]*", name) for name in names)
-    return names if plain else default
-
-
 def lacking(address: str, path: str, grid: Grid, blocks: Collection[int]) -> set[int]:
     """Those of some blocks, a shard each, that an array lacks."""
     missing = missing_shards(_open_array(address, path))
@@ -545,13 +438,7 @@ def lacking(address: str, path: str, grid: Grid, blocks: Collection[int]) -> set
 
 
 def missing_shards(array: zarr.Array[Any]) -> set[tuple[int, ...]]:
-    """Places of an array's shards (or chunks) that are not in the store."""
-    from zarr.core.sync import sync
-
-    async def keys() -> set[str]:
-        # Zarr's own count of them takes a time that grows with the square of their number
-        return {key async for key in array.store.list_prefix(f"{array.path}/")}
-
-    there, unit = sync(keys()), array.shards or array.chunks
+    """Places of an array's shards (or chunks) that are not in the store, or are empty files."""
+    there, unit = keys_below(array.store, array.path), array.shards or array.chunks
     places = itertools.product(*(range(-(-n // u)) for n, u in zip(array.shape, unit, strict=True)))
     return {place for place in places if _shard_key(array, place) not in there}

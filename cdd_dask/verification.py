@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from cdd_dask.decomposition import Decomposition, open_decomposition
-from cdd_dask.errors import InputError, VerificationError
+from cdd_dask.errors import (
+    InputError,
+    SourceNotFoundError,
+    SourceReadError,
+    VerificationError,
+)
+from cdd_dask.identity import difference_of, source_identity
 from cdd_dask.memory import available_memory, byte_count
 from cdd_dask.output import output_address
 from cdd_dask.parameters import check_count
@@ -111,11 +117,21 @@ def verify(
     ledger = Ledger.of(address)
     _refuse(address, [*ledger.damaged_metadata()])
     result = open_decomposition(address)
-    opened = source_of(result.attrs["source"], result.shape, source)
+    gone: InputError | SourceNotFoundError | SourceReadError | None = None
+    opened: Source | None = None
+    try:
+        opened = source_of(result.attrs["source"], result.shape, source)
+    except (InputError, SourceNotFoundError, SourceReadError) as error:
+        gone = error
     with Progress(progress, len(ledger.plan.grid) + count * len(result.channels)) as shown:
         found = replace(
             _check_blocks(result, ledger, opened, shown), approximate=ledger.approximate
         )
+        if opened is None:
+            raise InputError(
+                f"every block of {address} is what its run wrote, but the sum cannot be compared: "
+                f"{gone}; name the source (--source)"
+            ) from gone
         if count:
             samples = sample_channels(result, opened, count, seed, budget, shown)
             _check_kept(result, samples)
@@ -130,13 +146,13 @@ def _refuse(address: str, damages: list[Damage]) -> None:
     shown = "\n".join(f"  {damage}" for damage in damages[:MOST_SHOWN])
     more = f"\n  and {len(damages) - MOST_SHOWN} more" if len(damages) > MOST_SHOWN else ""
     raise VerificationError(
-        f"{address} is damaged, in {len(damages)} places:\n{shown}{more}\n"
+        f"{address} is damaged, in {len(damages)} place{'s' * (len(damages) > 1)}:\n{shown}{more}\n"
         "`cdd-dask repair` mends what can be mended"
     )
 
 
 def _check_blocks(
-    result: Decomposition, ledger: Ledger, source: Source, shown: Progress
+    result: Decomposition, ledger: Ledger, source: Source | None, shown: Progress
 ) -> Verification:
     """Whether all blocks are what was written, and how far their sum is from the source."""
     worst, where, largest = -1.0, (0,) * len(result.shape), 0.0
@@ -152,7 +168,7 @@ def _check_blocks(
             if values is not None:
                 total = total + values.astype(np.float64)
         shown.advance(1)
-        if damages:
+        if damages or source is None:
             continue
         wanted = read_field(source, core, result.parameters)
         largest = max(largest, float(np.abs(wanted).max(where=~np.isnan(wanted), initial=0.0)))
@@ -164,11 +180,12 @@ def _check_blocks(
     _refuse(str(result.path), damages)
     ulp = float(np.spacing(np.array(largest, result.parameters.dtype)))
     found = Verification(worst, where, ulp)
-    if found.worst_ulp > TOLERANCE:
+    if source is not None and found.worst_ulp > TOLERANCE:
+        changed = difference_of(ledger.attributes["identity"]["source"], source_identity(source))
         raise VerificationError(
             f"{result.path}: sum(channels) + residual differs from {source.description} by "
             f"{worst:.6g} ({found.worst_ulp:.3g} ulp of the maximum, {TOLERANCE} allowed) at voxel "
-            f"{where}"
+            f"{where}{f'; it is not what was decomposed: {changed}' if changed else ''}"
         )
     return found
 

@@ -388,6 +388,7 @@ def test_the_output_is_not_the_source(tmp_path: Path, out: Path, overwrite: bool
         (tmp_path / "in.npy", tmp_path / "in.npy", "is the source"),
         (tmp_path / "in.zarr", tmp_path / "in.zarr", "is the source"),
         (tmp_path / "in.zarr", tmp_path / "in.zarr" / "c" / "new.zarr", "lies in the source"),
+        (tmp_path / "in.npy", out / "new.zarr", "lies in the decomposition"),
         (tmp_path / "in.zarr", tmp_path / "x" / ".." / "in.zarr", "is the source"),
         (image, out, "contains the source"),
         (tmp_path / "link" / "residual" / "scale0" / "image", out, "contains the source"),

@@ -235,6 +235,7 @@ def test_rough_speeds_know_no_kernel():
     assert steps == {1 / 5e8}
 
 
+@pytest.mark.usefixtures("free_passes")
 @pytest.mark.parametrize(("rtol", "wide"), [(5e-4, "pyramid"), (1e-3, "closure")])
 def test_a_plan_takes_its_times_from_the_calibration(rtol: float, wide: str):
     """Every channel's time is that of its kernel, and of what it reads and writes.

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pytest
+import zarr
+from fsspec.implementations.memory import MemoryFileSystem
 from zarr.abc.store import Store
 from zarr.storage import WrapperStore
 
 import cdd_dask
 from cdd_dask import faults, retrying, run
 from cdd_dask.errors import CddError, RunError
+from cdd_dask.readers import open_source
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "halos": {"max_scale": 4, "e_rel": 0.3},
@@ -36,10 +41,13 @@ class Refused(Exception):
 class Weather:
     """When storage fails and how, by a seed."""
 
-    KINDS = ("timeout", "503", "429", "torn write", "lost acknowledgement")
+    KINDS = ("torn write", "lost acknowledgement", "timeout", "503", "429")
+    OF_READING = KINDS[2:]
 
     def __init__(self, seed: int, share: float) -> None:
         self._random, self._share, self._lock = random.Random(seed), share, threading.Lock()
+        # in turn, so that none is missed, whatever order threads come in
+        self._kinds = {True: itertools.cycle(self.KINDS), False: itertools.cycle(self.OF_READING)}
         self.failures: Counter[str] = Counter()
         self.calls = 0
 
@@ -49,7 +57,7 @@ class Weather:
             self.calls += 1
             if self._random.random() >= self._share:
                 return ""
-            kind = self._random.choice(self.KINDS if writes else self.KINDS[:3])
+            kind = next(self._kinds[writes])
             self.failures[kind] += 1
             return kind
 
@@ -253,3 +261,88 @@ def test_expired_credentials_are_tried_again_once(
         cdd_dask.decompose(field, out, **BASE, **OPTIONS["halos"])
     assert refused
     assert all(count == 1 for count in refused.values()) is not lasts
+
+
+# sources and outputs at URLs, which fsspec reads
+
+
+class Storm(MemoryFileSystem):
+    """Objects at ``storm://…``, whose every first reading times out while it rages."""
+
+    protocol = "storm"
+    rages = False
+    failed: ClassVar[set[tuple[str, str]]] = set()
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return str(MemoryFileSystem._strip_protocol(str(path).removeprefix("storm://")))
+
+    def _pass(self, what: str, path: str) -> None:
+        if self.rages and (what, path) not in self.failed:
+            self.failed.add((what, path))
+            raise OSError(110, "Connection timed out")
+
+    def cat_file(self, path: str, *args: Any, **options: Any) -> Any:
+        self._pass("get", path)
+        return super().cat_file(path, *args, **options)
+
+    def find(self, path: str, *args: Any, **options: Any) -> Any:
+        self._pass("find", path)
+        return super().find(path, *args, **options)
+
+
+@pytest.fixture
+def storm(monkeypatch: pytest.MonkeyPatch) -> type[Storm]:
+    """The file system, empty and calm."""
+    fsspec.register_implementation("storm", Storm, clobber=True)
+    for name, value in (("store", {}), ("pseudo_dirs", [""]), ("rages", False), ("failed", set())):
+        monkeypatch.setattr(Storm, name, value)
+    monkeypatch.setattr(faults, "FIRST_WAIT", 0.0)
+    return Storm
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+def test_a_remote_source_is_read_to_the_same_bits(
+    executor: str,
+    field: Any,
+    undisturbed: Any,
+    storm: type[Storm],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Each of its objects is asked for again; and it is the same source in any weather."""
+    url, out = "storm://bucket/in.zarr", tmp_path / "out.zarr"
+    zarr.create_array(url, data=field, chunks=(16, 16))
+    options = {**BASE, **OPTIONS["halos"], "executor": executor, "workers": 1}
+    monkeypatch.setattr(storm, "rages", True)
+    cdd_dask.decompose(url, out, **options)
+    chunks = {path for what, path in storm.failed if "/c/" in path}
+    assert len(chunks) == 9
+    assert ("find", "/bucket/in.zarr") in storm.failed
+    monkeypatch.setattr(storm, "rages", False)
+    monkeypatch.setattr(run, "run_task", None)  # nothing is left to do
+    result = cdd_dask.decompose(url, out, **options)
+    assert_same(undisturbed["halos"], outputs_of(result))
+
+
+def test_what_a_group_says_of_a_remote_source_is_read(
+    storm: type[Storm], monkeypatch: pytest.MonkeyPatch
+):
+    """Without it the voxels would have another size."""
+    axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"]
+    scale = [{"type": "scale", "scale": [2.0, 0.5]}]
+    image = {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": scale}]}
+    group = zarr.open_group("storm://bucket/image.zarr", attributes={"multiscales": [image]})
+    group.create_array("0", data=np.ones((4, 4), "float32"))
+    monkeypatch.setattr(storm, "rages", True)
+    assert open_source("storm://bucket/image.zarr/0").spacing == (2.0, 0.5)
+
+
+def test_a_remote_output_is_looked_for_again(
+    field: Any, undisturbed: Any, storm: type[Storm], monkeypatch: pytest.MonkeyPatch
+):
+    """A time-out does not say that it cannot be reached."""
+    monkeypatch.setattr(storm, "rages", True)
+    result = cdd_dask.decompose(field, "storm://bucket/out.zarr", **BASE, **OPTIONS["halos"])
+    assert ("get", "/bucket/out.zarr/zarr.json") in storm.failed
+    assert_same(undisturbed["halos"], outputs_of(result))

@@ -28,6 +28,7 @@ LAYERS = (
         "readers",
         "store",
         "images",
+        "layout",
         "attributes",
         "probes",
         "objects",

@@ -320,7 +320,7 @@ def test_a_shape_is_planned_like_a_zarr_array_of_it(tmp_path: Path):
     assert by_shape.files == by_array.files
 
 
-@pytest.mark.parametrize("shape", [(), (1,) * 5, (4, 0), (4, -1)])
+@pytest.mark.parametrize("shape", [(), (1,) * 5, (4, 0), (4, -1), (10**200,) * 3])
 def test_shapes_that_are_none_are_refused(shape: tuple[int, ...]):
     """An empty tuple, five axes or an empty one: the message shows the shape."""
     with pytest.raises(InputError, match="shape"):

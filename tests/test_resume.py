@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import zarr
 
 import cdd_dask
-from cdd_dask import lease, run, store, task
+from cdd_dask import layout, lease, run, store, task
 from cdd_dask.errors import (
     BlockError,
     BudgetError,
@@ -239,7 +238,7 @@ def _save(field: Any) -> Any:
 
 
 SOURCES: dict[str, tuple[Any, str]] = {
-    "modified": (_touch, "source modified=[0-9]+, and now source modified=[0-9]+"),
+    "modified": (_touch, "source modified=20.*T.*, and now source modified=20.*T"),
     "content": (_one_bit, 'source content="[0-9a-f]+", and now'),
     "shape": (_save(np.ones((48, 48, 31), "float32")), r"source shape=\[48, 48, 30\], and now"),
     "dtype": (_save(np.ones((48, 48, 30), "float64")), 'source dtype="<f4", and now'),
@@ -387,6 +386,91 @@ def test_what_is_damaged_late_is_made_again(
     assert result.attrs["source_statistics"] == whole.attrs["source_statistics"]
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 9])
+def test_a_run_killed_while_it_began_goes_on(
+    count: int, executed: Any, begun: tuple[Path, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """The root is written first, and whole; from it the rest follows."""
+    out, options = tmp_path / "out.zarr", {**BASE, "max_scale": 4, "engine": "cpu"}
+    original, written = layout.write_object, []
+
+    def stopped(*args: Any, **how: Any) -> None:
+        if how or not str(args[0]).startswith(str(tmp_path)):
+            return original(*args, **how)
+        if len(written) == count:
+            raise Stopped
+        written.append(args[1])
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "write_object", stopped)
+        with pytest.raises(Stopped):
+            cdd_dask.decompose(begun[0], out, **options)
+    assert written[:1] == ["zarr.json"][:count]
+    result = cdd_dask.decompose(begun[0], out, **options)
+    whole = cdd_dask.open_decomposition(begun[1] / "finished.zarr")
+    for one, other in zip(whole.channels, result.channels, strict=True):
+        assert np.array_equal(one[...], other[...])
+    assert cdd_dask.verify(out, progress=False)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["zarr.json", "channel_01", "channel_01/zarr.json", "residual/scale0/image/zarr.json",
+     "channel_00/scale0/x/c/0", "done/zarr.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["gone", "garbage"])
+def test_metadata_of_an_unfinished_output_are_restored(
+    key: str, how: str, executed: Any, begun: tuple[Path, Path], tmp_path: Path
+):
+    """Whatever of them is lost; of the root there is a copy."""
+    out = tmp_path / "half.zarr"
+    shutil.copytree(begun[1] / "half.zarr", out)
+    if how == "gone" or key == "channel_01":
+        shutil.rmtree(out / key) if (out / key).is_dir() else (out / key).unlink()
+    elif "/c/" in key:
+        pytest.skip("of a coordinate a checksum tells, to whom reads it")
+    else:
+        (out / key).write_text("{")
+    options = {**BASE, "max_scale": 4, "engine": "cpu"}
+    result = cdd_dask.decompose(begun[0], out, **options)
+    whole = cdd_dask.open_decomposition(begun[1] / "finished.zarr")
+    for one, other in zip(whole.channels, result.channels, strict=True):
+        assert np.array_equal(one[...], other[...])
+    assert cdd_dask.verify(out, progress=False)
+
+
+def test_a_damaged_root_is_no_strangers(begun: tuple[Path, Path], tmp_path: Path):
+    """Messages lead to its repair, and it can be overwritten."""
+    out, options = tmp_path / "out.zarr", {**BASE, "max_scale": 4, "engine": "cpu"}
+    shutil.copytree(begun[1] / "finished.zarr", out)
+    (out / "zarr.json").write_text("{")
+    for use in (
+        lambda: cdd_dask.open_decomposition(out),
+        lambda: cdd_dask.decompose(begun[0], out, **options),
+    ):
+        with pytest.raises(StoreError, match="cdd-dask repair` mends"):
+            use()
+    assert cdd_dask.repair(out, progress=False).repaired
+    assert cdd_dask.verify(out, progress=False)
+    (out / "zarr.json").unlink()
+    assert cdd_dask.decompose(begun[0], out, **options, overwrite=True).attrs["complete"]
+
+
+def test_an_empty_shard_is_none(executed: Any, begun: tuple[Path, Path], tmp_path: Path):
+    """A lost machine may leave one of a block that is done; the same of marks."""
+    out, options = tmp_path / "half.zarr", {**BASE, "max_scale": 4, "engine": "cpu"}
+    shutil.copytree(begun[1] / "half.zarr", out)
+    (out / "channel_00/scale0/image/c/0/0/0").write_bytes(b"")
+    gathered = next(
+        path for path in out.glob("done/*/zarr.json") if (path.parent / "copy").exists()
+    )
+    gathered.write_bytes(b"")
+    cdd_dask.decompose(begun[0], out, **options)
+    assert cdd_dask.verify(out, progress=False)
+
+
 def test_what_killed_writers_left_goes(executed: Any, begun: tuple[Path, Path], tmp_path: Path):
     """Zarr writes files under other names first, and leaves them if it is killed."""
     out = tmp_path / "half.zarr"
@@ -489,9 +573,6 @@ def test_overwriting_starts_anew(executed: Any, begun: tuple[Path, Path], tmp_pa
     result = cdd_dask.decompose(begun[0], out, **options)
     assert len(executed) == cdd_dask.plan(begun[0], **options).tasks
     assert result.attrs["complete"] is True
-
-
-# one run at a time
 
 
 def test_what_is_left_beside_a_complete_output_goes(

@@ -12,7 +12,7 @@ import pytest
 import zarr
 
 import cdd_dask
-from cdd_dask import store
+from cdd_dask import layout, store
 from cdd_dask.blocks import Grid
 from cdd_dask.errors import BlockError, CddError, DamagedError, InputError, RunError, StoreError
 from cdd_dask.parameters import Parameters
@@ -244,8 +244,8 @@ def test_missing_shards_are_found(tmp_path: Path, lognormal: Any, shape: tuple[i
 
 def make_store(address: str, grid: Grid) -> None:
     """An empty store of one channel."""
-    axes = tuple(store.Axis(name, 1.0, None) for name in "zyx"[3 - len(grid.shape) :])
-    store.create_store(address, grid, [1.0], axes, {"parameters": Parameters().as_dict()})
+    axes = tuple(layout.Axis(name, 1.0, None) for name in "zyx"[3 - len(grid.shape) :])
+    layout.create_store(address, grid, [1.0], axes, {"parameters": Parameters().as_dict()})
 
 
 @pytest.fixture

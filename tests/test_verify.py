@@ -114,3 +114,25 @@ def test_a_group_without_its_scales_is_refused(made: tuple[Path, Path]):
     zarr.open_group(made[1] / "channel_00", mode="r+").attrs["cdd_dask"] = {}
     with pytest.raises(StoreError, match=r"channel_00\.scale_from is missing"):
         cdd_dask.open_decomposition(made[1])
+
+
+def test_a_source_that_is_elsewhere(made: tuple[Path, Path]):
+    """Blocks are checked all the same; then it is said that the sum could not be."""
+    source, out = made
+    moved = source.rename(source.parent / "moved.npy")
+    with pytest.raises(InputError, match=r"every block of .* is what its run wrote.*--source"):
+        verify(out, progress=False)
+    assert verify(out, moved, progress=False)
+    (out / "channel_00/scale0/image/c/0/0").unlink()
+    with pytest.raises(VerificationError, match="damaged, in 1 place:"):
+        verify(out, progress=False)
+
+
+def test_a_source_that_has_changed(made: tuple[Path, Path]):
+    """The sum is off, and the message says what is different now."""
+    source, out = made
+    field = np.load(source)
+    field[3, 4] += 1
+    np.save(source, field)
+    with pytest.raises(VerificationError, match=r"voxel \(3, 4\); it is not what was decomposed: "):
+        verify(out, progress=False)

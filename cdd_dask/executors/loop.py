@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cdd_dask.errors import AGAIN, BlocksFailedError, DiskFullError, RunError, redacted
-from cdd_dask.faults import EXPIRED_TRIES, Fault, fault_of, mark, wait_before
+from cdd_dask.faults import EXPIRED_TRIES, Fault, fault_of, is_understood, mark, wait_before
 from cdd_dask.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -205,8 +205,10 @@ class Loop:
         self.first = self.first or error
         if self.failed <= MOST_LISTED:
             self.reasons.append(reason)
-            trace = "".join(traceback.format_exception(error))
-            log.error("%s; the other blocks go on\n%s", redacted(reason), redacted(trace))
+            trace = ""
+            if not is_understood(error):
+                trace = "\n" + "".join(traceback.format_exception(error))
+            log.error("%s; the other blocks go on%s", redacted(reason), redacted(trace))
         if self.failed >= MOST_FAILED and not self.finished:
             raise self._failure() from self.first
 

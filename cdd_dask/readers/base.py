@@ -61,7 +61,7 @@ class Source:
     file_shape: tuple[int, ...] | None = None
     """Shape in the file, where that has axes of length 1 that `shape` leaves out."""
     further_files: tuple[Path, ...] = ()
-    """All files that its values lie in, where they are not `path` alone."""
+    """Files besides `path` that it reads; `path` may be among them."""
 
     @property
     def path(self) -> Path | None:
@@ -72,7 +72,7 @@ class Source:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What it is read from: `path`, where it has one, and further files."""
+        """All files that it reads, `path` first; of a Zarr array its folder."""
         return () if self.path is None else tuple(dict.fromkeys([self.path, *self.further_files]))
 
     def read(self, region: Region) -> NDArray[Any]:

@@ -150,7 +150,8 @@ def _files(path: Path, name: str, met: set[tuple[Path, str]]) -> Iterator[Path]:
         if not isinstance(dataset, h5py.Dataset):
             raise SourceReadError(f"{path}::{name} is part of another dataset, but is not there")
         home = Path(dataset.file.filename).absolute()
-        external = [Path(raw).absolute() for raw, *_ in dataset.external or ()]
+        prefix = os.environ.get("HDF5_EXTFILE_PREFIX", "").replace("${ORIGIN}", str(home.parent))
+        external = [Path(prefix, raw).absolute() for raw, *_ in dataset.external or ()]
         virtual = dataset.virtual_sources() if dataset.is_virtual else ()
         parts = sorted({(part.file_name, part.dset_name) for part in virtual})
     yield home

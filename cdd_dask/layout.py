@@ -1,0 +1,210 @@
+"""Metadata of stores, as Zarr and OME-Zarr have them: made when a run begins, restored later."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cdd_dask import store
+from cdd_dask.blocks import Grid
+from cdd_dask.objects import has_object, new_memory_store, read_object, store_of, write_object
+
+if TYPE_CHECKING:
+    import zarr
+
+ROOT = "zarr.json"
+"""Key of the root's metadata, and the end of all keys of metadata."""
+OME_UNITS = {
+    "Å": "angstrom", "nm": "nanometer", "µm": "micrometer", "mm": "millimeter",
+    "cm": "centimeter", "m": "meter", "km": "kilometer", "pc": "parsec",
+    "ms": "millisecond", "s": "second", "min": "minute", "h": "hour",
+}  # fmt: skip
+"""Names that OME-Zarr has for units; others it has none for."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of the volume, as its coordinate array and the OME metadata describe it."""
+
+    name: str
+    spacing: float
+    """Distance of neighbouring voxels, 1 where coordinates count voxels."""
+    unit: str | None
+    """Unit of `spacing`, where there is one."""
+
+
+def create_store(
+    address: str,
+    grid: Grid,
+    edges: Sequence[float],
+    axes: tuple[Axis, ...],
+    attributes: dict[str, Any],
+) -> None:
+    """Write all metadata of an empty store; nothing may be there.
+
+    Parameters
+    ----------
+    address
+        Path, URL or memory address.
+    grid
+        The volume cut into blocks; a shard is one block's core.
+    edges
+        Scale edges.
+    axes
+        The volume's axes.
+    attributes
+        What the root remembers under `store.KEY` besides the format version; the ``parameters``
+        among it give the type of all fields and the unit of the edges.
+    """
+    if not store.on_disk(address):
+        _create(address, grid, edges, axes, attributes, sharded=False)
+        return
+    if has_object(address, ROOT):
+        raise FileExistsError(f"{address} exists")
+    # the root first, and whole: a run that goes on makes from it what is not there yet
+    with metadata(grid, edges, axes, attributes) as whole:
+        for key in objects_of(whole):
+            write_object(address, key, read_object(whole, key) or b"")
+
+
+def restore_metadata(
+    address: str,
+    grid: Grid,
+    edges: Sequence[float],
+    axes: tuple[Axis, ...],
+    attributes: dict[str, Any],
+) -> None:
+    """Write again what an unfinished store lacks of its metadata: its run may have been killed.
+
+    The parameters are those of `create_store`.
+    """
+    with metadata(grid, edges, axes, attributes) as whole:
+        for key in objects_of(whole):
+            if not _is_sound(address, key, wanted := read_object(whole, key) or b""):
+                log.warning("%s lacks %s, or it is damaged: writing it again", address, key)
+                write_object(address, key, wanted)
+
+
+def _is_sound(address: str, key: str, wanted: bytes) -> bool:
+    """Whether an object of metadata is there, and may stay."""
+    found = read_object(address, key)
+    if found is None or not key.endswith(ROOT):
+        return found is not None
+    try:
+        known, expected = json.loads(found), json.loads(wanted)
+        # of arrays everything counts; a group's attributes come to be, and others may add theirs
+        theirs, ours = known.pop("attributes"), expected.pop("attributes")
+        if store.KEY in ours and not isinstance(theirs[store.KEY], dict):
+            return False
+        known.pop("consolidated_metadata", None)
+        expected.pop("consolidated_metadata", None)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return bool(known == expected)
+
+
+@contextmanager
+def metadata(
+    grid: Grid, edges: Sequence[float], axes: tuple[Axis, ...], attributes: dict[str, Any]
+) -> Iterator[str]:
+    """Address of a store in memory, of all metadata and no data, as it would be on a disk.
+
+    The parameters are those of `create_store`.
+    """
+    address, _kept = new_memory_store()
+    _create(address, grid, edges, axes, attributes, sharded=True)
+    yield address
+
+
+def objects_of(address: str) -> list[str]:
+    """Keys of all objects of a store, the root's first."""
+    from zarr.core.sync import sync
+
+    async def keys() -> list[str]:
+        return [key async for key in store_of(address).list()]
+
+    return sorted(sync(keys()), key=lambda key: (key != ROOT, key))
+
+
+def _create(
+    address: str,
+    grid: Grid,
+    edges: Sequence[float],
+    axes: tuple[Axis, ...],
+    attributes: dict[str, Any],
+    sharded: bool,
+) -> None:
+    """Write all metadata to a store in memory."""
+    root = store.open_root(address, "w-")
+    known = {"format_version": store.FORMAT_VERSION, **attributes, "complete": False}
+    store.write_attributes(address, root, known)
+    scales = [*itertools.pairwise([0.0, *edges]), (edges[-1], None)]
+    names = [*map(store.channel_name, range(len(edges))), store.RESIDUAL]
+    for name, between in zip(names, scales, strict=True):
+        _create_output(root, name, between, grid, axes, attributes["parameters"], sharded)
+
+
+def _create_output(
+    root: zarr.Group,
+    name: str,
+    scales: tuple[float, float | None],
+    grid: Grid,
+    axes: tuple[Axis, ...],
+    parameters: dict[str, Any],
+    sharded: bool,
+) -> None:
+    group = root.create_group(name)
+    unit = parameters["unit"] or ("voxel" if parameters["spacing"] is None else None)
+    group.attrs[store.KEY] = {"scale_from": scales[0], "scale_to": scales[1], "unit": unit}
+    multiscales = _ome_multiscales(name, axes)
+    if multiscales is not None:
+        group.attrs["ome"] = multiscales
+    level = group.create_group("scale0")
+    names = tuple(axis.name for axis in axes)
+    store.create_field(level, "image", grid, parameters["dtype"], sharded, names)
+    for axis, size in zip(axes, grid.shape, strict=True):
+        coordinates = np.arange(size) * axis.spacing
+        array = level.create_array(axis.name, data=coordinates, dimension_names=(axis.name,))
+        if axis.unit is not None:
+            array.attrs["units"] = axis.unit
+
+
+def _ome_multiscales(name: str, axes: tuple[Axis, ...]) -> dict[str, Any] | None:
+    """OME-Zarr 0.5 metadata: for 2 or 3 space axes, after at most one axis of another kind."""
+    names = [axis.name for axis in axes]
+    space = [axis for axis in names if axis in ("z", "y", "x")]
+    others = names[: len(names) - len(space)]
+    if names != [*others, *space] or space not in (["y", "x"], ["z", "y", "x"]) or len(others) > 1:
+        return None
+    kinds = {"t": "time", "c": "channel", "v": "velocity", "f": "frequency", "w": "wavelength"}
+    described = []
+    for axis in axes:
+        kind = "space" if axis.name in space else kinds.get(axis.name, "other")
+        unit = OME_UNITS.get(axis.unit or "")
+        described.append({"name": axis.name, "type": kind, **({"unit": unit} if unit else {})})
+    scale = {"type": "scale", "scale": [axis.spacing for axis in axes]}
+    datasets = [{"path": "scale0/image", "coordinateTransformations": [scale]}]
+    return {
+        "version": "0.5",
+        "multiscales": [{"name": name, "axes": described, "datasets": datasets}],
+    }
+
+
+def usable_names(names: tuple[str, ...] | None, ndim: int) -> tuple[str, ...]:
+    """The source's names of its axes, or ``z, y, x`` where they cannot name coordinate arrays."""
+    # what a fourth axis is, nobody can guess
+    default = ("z", "y", "x")[3 - ndim :] if ndim < 4 else ("dim_0", "dim_1", "dim_2", "dim_3")
+    if names is None or len({*names, "image"}) <= ndim:
+        return default
+    plain = all(re.fullmatch(r"[^\W_][\w .()-]*", name) for name in names)
+    return names if plain else default
