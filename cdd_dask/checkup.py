@@ -17,6 +17,7 @@ from cdd_dask.errors import (
     redacted,
 )
 from cdd_dask.executors import IN_PROCESS, start_executor
+from cdd_dask.identity import source_identity
 from cdd_dask.output import check_output, check_scratch, output_address, scratch_address
 from cdd_dask.preflight import CLIENT, Check, Preflight, preflight
 from cdd_dask.readers import open_source
@@ -93,11 +94,18 @@ def doctor(
         return Preflight((Check(where, what, "failed", redacted(str(error))),))
     refused, folder = [], None
     try:
-        begun = None if overwrite or out is None else find_begun(address)
-        if opened is not None and out is not None and begun is None:
-            check_output(address, opened, made, overwrite)
         if scratch is not None:
             folder = scratch_address(scratch)
+        if opened is not None and out is not None:
+            begun = None if overwrite else find_begun(address)
+            if begun is None:
+                check_output(address, opened, made, overwrite)
+            else:
+                block = None if options.get("block") is None else made.block
+                request = made.parameters, made.volume, made.resources, block
+                made = begun.plan(*request, source_identity(opened), folder)
+                folder = begun.scratch
+        if folder is not None:
             check_scratch(folder, address, made)
     except CddError as error:
         refused.append(Check(CLIENT, "output", "failed", str(error)))

@@ -18,6 +18,8 @@ much its process and the scheduler grow in a long run."""
 CHUNKS_IN_FLIGHT = 10
 """Inner chunks that Zarr decodes at once (its setting ``async.concurrency``)."""
 
+LARGEST_COUNT = 10**30
+"""Bytes that are told apart from more."""
 CGROUP_FILES = (
     ("memory.max", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -99,6 +101,7 @@ def format_bytes(count: float) -> str:
     >>> format_bytes(1_234_567_890), format_bytes(999)
     ('1.23 GB', '999 B')
     """
+    count = min(count, LARGEST_COUNT)  # what damaged headers ask for is beyond a float
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if count < 1000 or unit == "PB":
             break

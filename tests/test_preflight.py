@@ -360,6 +360,19 @@ def test_doctor_of_a_run(here: Path, source: Source):
     assert cdd_dask.doctor(source.address, memory="1MB", max_scale=8).verdict.endswith("client")
 
 
+def test_doctor_of_an_output_that_was_begun(tmp_path: Path):
+    """It is as fit as the run that would go on with it."""
+    np.save(tmp_path / "in.npy", np.random.default_rng(0).lognormal(size=(16, 16)))
+    cdd_dask.decompose(tmp_path / "in.npy", tmp_path / "out.zarr", max_scale=4, progress=False)
+    assert cdd_dask.doctor(tmp_path / "in.npy", tmp_path / "out.zarr", max_scale=4).ok
+    found = cdd_dask.doctor(tmp_path / "in.npy", tmp_path / "out.zarr", max_scale=2)
+    (failed,) = found.having("failed")
+    assert "max_scale=4.0, and now max_scale=2" in failed.detail
+    assert cdd_dask.doctor(
+        tmp_path / "in.npy", tmp_path / "out.zarr", max_scale=2, overwrite=True
+    ).ok
+
+
 def test_doctor_of_a_cluster(here: Path):
     """Through the address of its scheduler; a worker that may not hold its tasks is found."""
     from distributed import Client, LocalCluster
