@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
@@ -21,8 +20,6 @@ IN_MEMORY = "in-memory:"
 
 AT_ONCE = 256
 """Objects that are read at the same time."""
-NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
-"""What file systems without hard links say to one: exFAT, SMB, some of FUSE."""
 
 _numbers = itertools.count()
 _memory_stores: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
@@ -39,15 +36,15 @@ def new_memory_store() -> tuple[str, MemoryStore]:
 
 def store_of(address: str, read_only: bool = False) -> Store:
     """What holds the objects at `address`: a path, a URL, or a store in this process's memory."""
-    from zarr.storage import FsspecStore, LocalStore
+    from zarr.storage import FsspecStore
 
-    from cdd_dask.retrying import RetryingStore
+    from cdd_dask.retrying import FileStore, RetryingStore
 
     if address.startswith(IN_MEMORY):
         return _memory_stores[address]
     if "://" in address:
         return RetryingStore(FsspecStore.from_url(address, read_only=read_only))
-    return RetryingStore(LocalStore(address, read_only=read_only))
+    return RetryingStore(FileStore(address, read_only=read_only))
 
 
 def read_object(address: str, key: str) -> bytes | None:
@@ -85,14 +82,7 @@ def write_object(address: str, key: str, data: bytes, *, new: bool = False) -> N
     from zarr.core.sync import sync
 
     store, value = store_of(address), default_buffer_prototype().buffer.from_bytes(data)
-    try:
-        sync(store.set_if_not_exists(key, value) if new else store.set(key, value))
-    except OSError as error:
-        if not new or "://" in address or error.errno not in NO_LINKS:
-            raise
-        # Zarr gives a new file its name by a hard link, after it has written it
-        with suppress(FileExistsError), (Path(address) / key).open("xb") as file:
-            file.write(data)
+    sync(store.set_if_not_exists(key, value) if new else store.set(key, value))
 
 
 def remove_object(address: str, key: str) -> None:

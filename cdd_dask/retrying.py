@@ -1,15 +1,18 @@
-"""A store whose calls are tried again where they fail for a reason that passes."""
+"""Stores whose calls are tried again, or made otherwise, where a file system refuses them."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr.abc.store import Store
-from zarr.storage import WrapperStore
+from zarr.storage import LocalStore, WrapperStore
 
 from cdd_dask.errors import redacted
 from cdd_dask.faults import is_of_library, tries_of, wait_before
@@ -20,7 +23,25 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
+"""What file systems without hard links say to one: exFAT, SMB, some of FUSE."""
+
 log = logging.getLogger(__name__)
+
+
+class FileStore(LocalStore):
+    """Files, also where there are no hard links, by which Zarr makes a file only if none is there.
+
+    It does so for every group that it makes. The bytes then come after the name, at once.
+    """
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        try:
+            await super().set_if_not_exists(key, value)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            await asyncio.to_thread(_create, self.root / key, value.to_bytes())
 
 
 class RetryingStore(WrapperStore[Store]):
@@ -105,3 +126,8 @@ async def tried(
 
 async def _all(names: AsyncIterator[str]) -> list[str]:
     return [name async for name in names]
+
+
+def _create(path: Path, data: bytes) -> None:
+    with suppress(FileExistsError), path.open("xb") as file:
+        file.write(data)

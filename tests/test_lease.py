@@ -377,6 +377,9 @@ def test_no_hard_links_are_needed(code: int, out: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "link", no_links)
     assert [error is None for error in at_once(str(out), 3)].count(True) == 1
     assert not out.exists()
+    field = np.ones((16, 16), "float32")
+    cdd_dask.decompose(field, out, max_scale=4, block=8, progress=False)
+    assert cdd_dask.verify(out, field, progress=False)
 
 
 # what others may have written
