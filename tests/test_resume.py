@@ -581,6 +581,7 @@ def test_what_is_left_beside_a_complete_output_goes(
     """By a run that was killed between the end of its work and its own."""
     options, out = {**BASE, "scratch": tmp_path}, tmp_path / "out.zarr"
     np.save(tmp_path / "field.npy", lognormal((48, 48, 30)))
+    decompose = cdd_dask.decompose  # which loads what is patched below, as it is
 
     def killed(*_: Any) -> None:
         raise Stopped
@@ -589,7 +590,7 @@ def test_what_is_left_beside_a_complete_output_goes(
         patch.setattr(run, "clean_up", killed)
         patch.setattr(lease.Lease, "__exit__", killed)
         with pytest.raises(Stopped):
-            cdd_dask.decompose(tmp_path / "field.npy", out, **options)
+            decompose(tmp_path / "field.npy", out, **options)
     assert cdd_dask.open_decomposition(out)
     names = {path.name for path in (*out.rglob("*"), *tmp_path.iterdir())}
     assert {"pass_0000", "lease"} < names
