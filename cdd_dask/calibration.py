@@ -208,7 +208,7 @@ def _disk_speeds(field: NDArray[Any], folder: Path | None) -> tuple[float, float
     store.rehearse()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".cdd-dask-") as scratch:
         address = f"{scratch}/disk.zarr"
-        layout.create_store(address, grid, (1.0,), axes, {"parameters": Parameters().as_dict()})
+        layout.Layout(grid, (1.0,), axes, {"parameters": Parameters().as_dict()}).create(address)
 
         def write(path: str) -> None:
             for number in range(SHARDS):

@@ -43,56 +43,72 @@ class Axis:
     """Unit of `spacing`, where there is one."""
 
 
-def create_store(
-    address: str,
-    grid: Grid,
-    edges: Sequence[float],
-    axes: tuple[Axis, ...],
-    attributes: dict[str, Any],
-) -> None:
-    """Write all metadata of an empty store; nothing may be there.
+@dataclass(frozen=True)
+class Layout:
+    """What decides all metadata of a run's store."""
 
-    Parameters
-    ----------
-    address
-        Path, URL or memory address.
-    grid
-        The volume cut into blocks; a shard is one block's core.
-    edges
-        Scale edges.
-    axes
-        The volume's axes.
-    attributes
-        What the root remembers under `store.KEY` besides the format version; the ``parameters``
-        among it give the type of all fields and the unit of the edges.
-    """
-    if not store.on_disk(address):
-        _create(address, grid, edges, axes, attributes, sharded=False)
-        return
-    if has_object(address, ROOT):
-        raise FileExistsError(f"{address} exists")
-    # the root first, and whole: a run that goes on makes from it what is not there yet
-    with metadata(grid, edges, axes, attributes) as whole:
-        for key in objects_of(whole):
-            write_object(address, key, read_object(whole, key) or b"")
+    grid: Grid
+    """The volume cut into blocks; a shard is one block's core."""
+    edges: Sequence[float]
+    axes: tuple[Axis, ...]
+    """The volume's."""
+    attributes: dict[str, Any]
+    """What the root remembers under `store.KEY` besides the format version; the ``parameters``
+    among it give the type of all fields and the unit of the edges."""
 
+    def create(self, address: str) -> None:
+        """Write all metadata of an empty store; nothing may be there."""
+        if not store.on_disk(address):
+            self._create(address, sharded=False)
+            return
+        if has_object(address, ROOT):
+            raise FileExistsError(f"{address} exists")
+        # the root first, and whole: a run that goes on makes from it what is not there yet
+        with self.in_memory() as whole:
+            for key in objects_of(whole):
+                write_object(address, key, read_object(whole, key) or b"")
 
-def restore_metadata(
-    address: str,
-    grid: Grid,
-    edges: Sequence[float],
-    axes: tuple[Axis, ...],
-    attributes: dict[str, Any],
-) -> None:
-    """Write again what an unfinished store lacks of its metadata: its run may have been killed.
+    def restore(self, address: str) -> None:
+        """Write again what an unfinished store lacks: its run may have been killed."""
+        with self.in_memory() as whole:
+            for key in objects_of(whole):
+                if not _is_sound(address, key, wanted := read_object(whole, key) or b""):
+                    log.warning("%s lacks %s, or it is damaged: writing it again", address, key)
+                    write_object(address, key, wanted)
 
-    The parameters are those of `create_store`.
-    """
-    with metadata(grid, edges, axes, attributes) as whole:
-        for key in objects_of(whole):
-            if not _is_sound(address, key, wanted := read_object(whole, key) or b""):
-                log.warning("%s lacks %s, or it is damaged: writing it again", address, key)
-                write_object(address, key, wanted)
+    @contextmanager
+    def in_memory(self) -> Iterator[str]:
+        """Address of a store in memory of the same metadata as on a disk, and no data."""
+        address, _kept = new_memory_store()
+        self._create(address, sharded=True)
+        yield address
+
+    def _create(self, address: str, sharded: bool) -> None:
+        root = store.open_root(address, "w-")
+        known = {"format_version": store.FORMAT_VERSION, **self.attributes, "complete": False}
+        store.write_attributes(address, root, known)
+        scales = [*itertools.pairwise([0.0, *self.edges]), (self.edges[-1], None)]
+        names = [*map(store.channel_name, range(len(self.edges))), store.RESIDUAL]
+        for name, between in zip(names, scales, strict=True):
+            self._create_output(root, name, between, sharded)
+
+    def _create_output(
+        self, root: zarr.Group, name: str, scales: tuple[float, float | None], sharded: bool
+    ) -> None:
+        group, parameters = root.create_group(name), self.attributes["parameters"]
+        unit = parameters["unit"] or ("voxel" if parameters["spacing"] is None else None)
+        group.attrs[store.KEY] = {"scale_from": scales[0], "scale_to": scales[1], "unit": unit}
+        multiscales = _ome_multiscales(name, self.axes)
+        if multiscales is not None:
+            group.attrs["ome"] = multiscales
+        level = group.create_group("scale0")
+        names = tuple(axis.name for axis in self.axes)
+        store.create_field(level, "image", self.grid, parameters["dtype"], sharded, names)
+        for axis, size in zip(self.axes, self.grid.shape, strict=True):
+            coordinates = np.arange(size) * axis.spacing
+            array = level.create_array(axis.name, data=coordinates, dimension_names=(axis.name,))
+            if axis.unit is not None:
+                array.attrs["units"] = axis.unit
 
 
 def _is_sound(address: str, key: str, wanted: bytes) -> bool:
@@ -106,24 +122,11 @@ def _is_sound(address: str, key: str, wanted: bytes) -> bool:
         theirs, ours = known.pop("attributes"), expected.pop("attributes")
         if store.KEY in ours and not isinstance(theirs[store.KEY], dict):
             return False
-        known.pop("consolidated_metadata", None)
-        expected.pop("consolidated_metadata", None)
-    except (ValueError, TypeError, KeyError, AttributeError):
+        for document in (known, expected):
+            document.pop("consolidated_metadata", None)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
     return bool(known == expected)
-
-
-@contextmanager
-def metadata(
-    grid: Grid, edges: Sequence[float], axes: tuple[Axis, ...], attributes: dict[str, Any]
-) -> Iterator[str]:
-    """Address of a store in memory, of all metadata and no data, as it would be on a disk.
-
-    The parameters are those of `create_store`.
-    """
-    address, _kept = new_memory_store()
-    _create(address, grid, edges, axes, attributes, sharded=True)
-    yield address
 
 
 def objects_of(address: str) -> list[str]:
@@ -134,49 +137,6 @@ def objects_of(address: str) -> list[str]:
         return [key async for key in store_of(address).list()]
 
     return sorted(sync(keys()), key=lambda key: (key != ROOT, key))
-
-
-def _create(
-    address: str,
-    grid: Grid,
-    edges: Sequence[float],
-    axes: tuple[Axis, ...],
-    attributes: dict[str, Any],
-    sharded: bool,
-) -> None:
-    """Write all metadata to a store in memory."""
-    root = store.open_root(address, "w-")
-    known = {"format_version": store.FORMAT_VERSION, **attributes, "complete": False}
-    store.write_attributes(address, root, known)
-    scales = [*itertools.pairwise([0.0, *edges]), (edges[-1], None)]
-    names = [*map(store.channel_name, range(len(edges))), store.RESIDUAL]
-    for name, between in zip(names, scales, strict=True):
-        _create_output(root, name, between, grid, axes, attributes["parameters"], sharded)
-
-
-def _create_output(
-    root: zarr.Group,
-    name: str,
-    scales: tuple[float, float | None],
-    grid: Grid,
-    axes: tuple[Axis, ...],
-    parameters: dict[str, Any],
-    sharded: bool,
-) -> None:
-    group = root.create_group(name)
-    unit = parameters["unit"] or ("voxel" if parameters["spacing"] is None else None)
-    group.attrs[store.KEY] = {"scale_from": scales[0], "scale_to": scales[1], "unit": unit}
-    multiscales = _ome_multiscales(name, axes)
-    if multiscales is not None:
-        group.attrs["ome"] = multiscales
-    level = group.create_group("scale0")
-    names = tuple(axis.name for axis in axes)
-    store.create_field(level, "image", grid, parameters["dtype"], sharded, names)
-    for axis, size in zip(axes, grid.shape, strict=True):
-        coordinates = np.arange(size) * axis.spacing
-        array = level.create_array(axis.name, data=coordinates, dimension_names=(axis.name,))
-        if axis.unit is not None:
-            array.attrs["units"] = axis.unit
 
 
 def _ome_multiscales(name: str, axes: tuple[Axis, ...]) -> dict[str, Any] | None:

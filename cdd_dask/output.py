@@ -24,11 +24,7 @@ def output_address(out: str | Path) -> str:
     InputError
         If it is empty, or none that may be kept (see `check_address`).
     """
-    text = str(out).removeprefix("file://")
-    if not text:
-        raise InputError("out='' is no path: name the store to make, for example out.zarr")
-    check_address("out", text)
-    return text if "://" in text else os.path.abspath(Path(text).expanduser())
+    return _absolute("out", out, "the store to make, for example out.zarr")
 
 
 def check_output(address: str, source: Source, plan: Plan, overwrite: bool) -> None:
@@ -93,10 +89,14 @@ def scratch_address(scratch: str | Path) -> str:
     InputError
         If it is empty, or none that may be kept (see `check_address`).
     """
-    text = str(scratch).removeprefix("file://")
+    return _absolute("scratch", scratch, "a folder for working fields")
+
+
+def _absolute(name: str, place: str | Path, meaning: str) -> str:
+    text = str(place).removeprefix("file://")
     if not text:
-        raise InputError("scratch='' is no path: name a folder for working fields")
-    check_address("scratch", text)
+        raise InputError(f"{name}='' is no path: name {meaning}")
+    check_address(name, text)
     return text if "://" in text else os.path.abspath(Path(text).expanduser())
 
 

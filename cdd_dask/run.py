@@ -59,7 +59,7 @@ def prepare_store(
         "fingerprint": fingerprint_of(identity),
         **_how_it_runs(plan, source),
     }
-    layout.create_store(address, plan.grid, plan.edges, _axes(plan, source), attributes)
+    layout.Layout(plan.grid, plan.edges, _axes(plan, source), attributes).create(address)
     if scratch:  # which a run that goes on makes if it is not there
         store.take_scratch(attributes["scratch"], run)
     return run
@@ -73,7 +73,7 @@ def go_on_with_store(plan: Plan, source: Source, address: str) -> str:
     run, attributes = uuid.uuid4().hex[:12], store.remembered(address)
     if attributes is None:
         raise StoreError(f"the store at {address} is gone: was it deleted?")
-    layout.restore_metadata(address, plan.grid, plan.edges, _axes(plan, source), attributes)
+    layout.Layout(plan.grid, plan.edges, _axes(plan, source), attributes).restore(address)
     root = store.open_root(address, "r+")
     scratch = attributes["scratch"]
     if scratch:

@@ -182,7 +182,8 @@ class Ledger:
         """Address of a store in memory, of the same metadata without its marks and its data."""
         known = self.attributes
         axes = tuple(layout.Axis(*axis) for axis in known["axes"])
-        with layout.metadata(self.plan.grid, known["edges"], axes, known) as expected:
+        whole = layout.Layout(self.plan.grid, known["edges"], axes, known)
+        with whole.in_memory() as expected:
             for name, attributes in self.kept.items():
                 key = f"{name}/{layout.ROOT}".lstrip("/")
                 document = json.loads(objects.read_object(expected, key) or b"")

@@ -245,7 +245,7 @@ def test_missing_shards_are_found(tmp_path: Path, lognormal: Any, shape: tuple[i
 def make_store(address: str, grid: Grid) -> None:
     """An empty store of one channel."""
     axes = tuple(layout.Axis(name, 1.0, None) for name in "zyx"[3 - len(grid.shape) :])
-    layout.create_store(address, grid, [1.0], axes, {"parameters": Parameters().as_dict()})
+    layout.Layout(grid, [1.0], axes, {"parameters": Parameters().as_dict()}).create(address)
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_a_block_can_be_written_twice(empty: str):
 
 
 def test_a_store_is_never_made_over_another(empty: str):
-    """`create_store` refuses a place where anything is."""
+    """`Layout.create` refuses a place where anything is."""
     with pytest.raises(FileExistsError):
         make_store(empty, Grid((4,), (4,)))
 
