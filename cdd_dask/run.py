@@ -352,10 +352,13 @@ def _run_pass(
     )
     try:
         with closing(results):
-            for mark in results:
-                marks[mark.block] = mark
-                progress.advance(work)
-                check()
+            try:
+                for mark in results:
+                    marks[mark.block] = mark
+                    progress.advance(work)
+                    check()
+            except KeyboardInterrupt as stop:  # between two results: it hurries there, too
+                results.throw(stop)
     except BadValueError as error:
         raise locate_bad_value(source, plan.parameters) from error
     return marks

@@ -78,7 +78,7 @@ ROUNDING = 1e-6
 """What float32 adds, relative to the field's range."""
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     cut=cuts(),
     edges=scales(),

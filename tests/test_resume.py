@@ -95,7 +95,7 @@ def test_goes_on_where_it_stopped(kind: str, executed: Any, tmp_path: Path, logn
     tasks = list(executed)
     assert len(set(tasks)) == len(tasks) > (0 if kind == "one block" else 20)
     del executed[:]
-    for share in (0.0, 0.2, 0.5, 0.51, 0.9):
+    for share in (0.0, 0.3, 0.31, 0.8):
         executed.limit = int(share * len(tasks))
         with pytest.raises(Stopped):
             cdd_dask.decompose(source, out, **options)

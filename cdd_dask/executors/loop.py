@@ -98,7 +98,7 @@ class Loop:
                         getattr(future, "release", lambda: None)()
                         yield result
                 self._see_to_hanging()
-        except (KeyboardInterrupt, GeneratorExit):  # here, or where the results are used
+        except KeyboardInterrupt:
             hurry = True
             raise
         finally:
