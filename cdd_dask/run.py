@@ -181,6 +181,7 @@ def clean_up(plan: Plan, address: str, run: str) -> None:
         if not outputs(plan, one):
             remove_marks(address, number)
     store.remove_partial(address)
+    store.remove_work(address, run)
     scratch = store.scratch_of(address, run)
     if scratch:
         store.remove_scratch(scratch, run)

@@ -221,6 +221,13 @@ def remove_work_array(address: str, run: str, name: str) -> None:
         remove_objects(address, WORK)
 
 
+def remove_work(address: str, run: str) -> None:
+    """Delete what a killed run may have left of working arrays that nothing needs any more."""
+    root_of_run(address, run, "r+")
+    if names_in(address, WORK):
+        remove_objects(address, WORK)
+
+
 def work_arrays(address: str) -> set[str]:
     """Names of the working arrays that are there, with all shards or not."""
     names = names_in(address, WORK)

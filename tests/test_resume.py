@@ -478,8 +478,10 @@ def test_what_killed_writers_left_goes(executed: Any, begun: tuple[Path, Path], 
     left = out / "channel_00/scale0/image/c/0/0/0.0123.partial"
     left.parent.mkdir(parents=True, exist_ok=True)
     left.write_bytes(b"half")
+    (out / "work/field_99/c").mkdir(parents=True)  # half-removed
     cdd_dask.decompose(begun[0], out, **{**BASE, "max_scale": 4, "engine": "cpu"})
     assert not left.exists()
+    assert not (out / "work").exists()
 
 
 def test_a_late_task_spares_what_replaced_its_run(
