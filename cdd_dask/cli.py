@@ -417,8 +417,9 @@ def main() -> None:
         click.echo(text, err=True)
         terminated = isinstance(error.__cause__ or error, Terminated)
         sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
-    except (CddError, OSError) as error:
-        click.echo(f"error: {redacted(str(error))}", err=True)
+    except (CddError, OSError, MemoryError) as error:
+        reason = redacted(str(error)) or type(error).__name__
+        click.echo(f"error: {reason}", err=True)
         refused = isinstance(error, CddError | FileNotFoundError)
         sys.exit(2 if refused and not isinstance(error, FAILURES) else 1)
 

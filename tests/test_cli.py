@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,6 +149,22 @@ def test_exit_status(source: Path, tmp_path: Path):
     np.save(source, np.load(source) * 1.001)
     code, said = status("verify", out)
     assert (code, "at voxel" in said, "Traceback" in said) == (1, True, False)
+
+
+def test_memory_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Whatever asks for it, such as the size in a damaged store."""
+
+    def main(**_: Any) -> None:
+        raise MemoryError("Unable to allocate 16.0 GiB")
+
+    monkeypatch.setattr(cli.cli, "main", main)
+    monkeypatch.setattr(cli, "_stop_on_signals", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: Unable to allocate 16.0 GiB\n"
 
 
 def test_progress_lines_in_a_log(source: Path, tmp_path: Path):
