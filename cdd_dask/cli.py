@@ -397,6 +397,9 @@ def _stop_on_signals() -> None:
             kill_children()
             os._exit(128 + number)
         stopping = True
+        # a call of Dask's that is cut short says so with a traceback
+        for name in ("distributed", "tornado.application"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     signal.signal(signal.SIGINT, stop)

@@ -95,7 +95,7 @@ def test_goes_on_where_it_stopped(kind: str, executed: Any, tmp_path: Path, logn
     tasks = list(executed)
     assert len(set(tasks)) == len(tasks) > (0 if kind == "one block" else 20)
     del executed[:]
-    for share in (0.0, 0.3, 0.31, 0.8):
+    for share in (0.0, 0.4, 0.8):
         executed.limit = int(share * len(tasks))
         with pytest.raises(Stopped):
             cdd_dask.decompose(source, out, **options)
@@ -416,21 +416,19 @@ def test_a_run_killed_while_it_began_goes_on(
 
 
 @pytest.mark.parametrize(
-    "key",
-    ["zarr.json", "channel_01", "channel_01/zarr.json", "residual/scale0/image/zarr.json",
-     "channel_00/scale0/x/c/0", "done/zarr.json"],
+    ("key", "how"),
+    [("zarr.json", "gone"), ("zarr.json", "garbage"), ("channel_01", "gone"),
+     ("channel_01/zarr.json", "garbage"), ("residual/scale0/image/zarr.json", "gone"),
+     ("residual/scale0/image/zarr.json", "garbage"), ("channel_00/scale0/x/c/0", "gone")],
 )  # fmt: skip
-@pytest.mark.parametrize("how", ["gone", "garbage"])
 def test_metadata_of_an_unfinished_output_are_restored(
     key: str, how: str, executed: Any, begun: tuple[Path, Path], tmp_path: Path
 ):
     """Whatever of them is lost; of the root there is a copy."""
     out = tmp_path / "half.zarr"
     shutil.copytree(begun[1] / "half.zarr", out)
-    if how == "gone" or key == "channel_01":
+    if how == "gone":
         shutil.rmtree(out / key) if (out / key).is_dir() else (out / key).unlink()
-    elif "/c/" in key:
-        pytest.skip("of a coordinate a checksum tells, to whom reads it")
     else:
         (out / key).write_text("{")
     options = {**BASE, "max_scale": 4, "engine": "cpu"}

@@ -322,5 +322,5 @@ def injure(path: Path, kind: str, data: st.DataObject) -> None:
 TestStore = Store.TestCase
 TestStore.pytestmark = [pytest.mark.timeout(7200 if NIGHTLY else 600)]
 TestStore.settings = settings(
-    max_examples=settings().max_examples if NIGHTLY else 6, stateful_step_count=12
+    max_examples=settings().max_examples if NIGHTLY else 4, stateful_step_count=12
 )
