@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from cdd_dask import lease
 from cdd_dask.blocks import Grid, Region, pieces, storage_chunks
-from cdd_dask.errors import AGAIN, DamagedError, StoreError
+from cdd_dask.errors import AGAIN, DamagedError, OutputAccessError, StoreError
 from cdd_dask.faults import Fault
 from cdd_dask.marks import keep_copy, read_copy
 from cdd_dask.objects import (
@@ -173,6 +173,8 @@ def attributes_of(address: str, run: str) -> dict[str, Any]:
 
 def take_scratch(address: str, run: str) -> None:
     """Make a store of working arrays this run's; it is made anew if it is gone."""
+    if "://" not in address and not Path(address).parent.is_dir():  # never made: who named it?
+        raise OutputAccessError(f"scratch={Path(address).parent} is no folder: make it first")
     root = open_root(address, "a")
     root.attrs[KEY] = {"format_version": FORMAT_VERSION, "run": run}
 
