@@ -28,12 +28,13 @@ from cdd_dask.output import (
     output_address,
     scratch_address,
 )
-from cdd_dask.parameters import MAX_NDIM, MAX_VOXELS, Parameters, check_count
+from cdd_dask.parameters import MAX_NDIM, Parameters, check_count
 from cdd_dask.planner import make_plan
 from cdd_dask.plans import Plan, Resources, Volume
 from cdd_dask.preflight import preflight
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, open_source
+from cdd_dask.readers.base import LARGEST_VOLUME
 from cdd_dask.resources import resolve_resources
 from cdd_dask.resuming import Begun, find_begun
 from cdd_dask.run import clean_up, execute, go_on_with_store, prepare_store
@@ -389,10 +390,10 @@ def _request(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> Req
             is_zarr=source.is_zarr,
             has_nan=source.dtype.kind == "f",
         )
-    if math.prod(volume.shape) > MAX_VOXELS:
+    if math.prod(volume.shape) > LARGEST_VOLUME:
         raise InputError(
-            f"a volume of shape {volume.shape!s:.200} has more than {MAX_VOXELS:.1e} voxels, "
-            "which no disk holds: is its header damaged? Else decompose a part"
+            f"a volume of shape {volume.shape!s:.200} has more than {LARGEST_VOLUME:.1e} voxels, "
+            "which no disk holds: decompose a part"
         )
     names = ("engine", "device", "memory", "executor", "workers", "client")
     resources = resolve_resources(

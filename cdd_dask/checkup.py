@@ -92,7 +92,7 @@ def doctor(
         what = next(what for kind, what in REFUSALS.items() if isinstance(error, kind))
         where = CLIENT if client is None or what == "source" else f"{CLIENT} or a worker"
         return Preflight((Check(where, what, "failed", redacted(str(error))),))
-    refused, folder = [], None
+    refused, folder, begun = [], None, None
     try:
         if scratch is not None:
             folder = scratch_address(scratch)
@@ -105,7 +105,7 @@ def doctor(
                 request = made.parameters, made.volume, made.resources, block
                 made = begun.plan(*request, source_identity(opened), folder)
                 folder = begun.scratch
-        if folder is not None:
+        if folder is not None and begun is None:
             check_scratch(folder, address, made)
     except CddError as error:
         refused.append(Check(CLIENT, "output", "failed", str(error)))

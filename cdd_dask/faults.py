@@ -107,9 +107,9 @@ def fault_of(error: BaseException) -> Fault:
     return Fault.PASSING if is_passing(error) else Fault.STAYING
 
 
-def mark(error: BaseException) -> None:
+def mark(error: BaseException, fault: Fault | None = None) -> None:
     """Note `error`'s fault on it: between processes its causes may be left behind."""
-    error.fault = fault_of(error).value  # type: ignore[attr-defined]
+    error.fault = (fault or fault_of(error)).value  # type: ignore[attr-defined]
 
 
 def is_passing(error: BaseException) -> bool:

@@ -24,6 +24,8 @@ SAMPLE_SIDE = 16
 """Their side, in voxels."""
 SMALL = 16_000_000
 """Bytes of a source that is hashed as a whole; of arrays in this process, all that NumPy holds."""
+CONTENT = ("shape", "dtype", "content")
+"""What of a source's identity decides values: a file that was moved is still the same."""
 GEOMETRY = (
     "regime", "steps", "parts", "levels", "depth", "blank_depth", "cell_domain", "cell_block",
     "cell_depth", "refinement", "tile", "blank_tile",
@@ -129,6 +131,21 @@ def source_identity(source: Source) -> dict[str, Any]:
     known |= _versions(source, regions)
     identity: dict[str, Any] = _plain({**known, "content": _content(source, regions)})
     return identity
+
+
+def change_of(known: dict[str, Any], source: Source) -> str:
+    """What decides values and is not as in a `known` identity of a source; "" if nothing is.
+
+    Raises
+    ------
+    SourceReadError
+        If the source cannot be read.
+    """
+    wanted, given = (
+        {"source": {name: one[name] for name in CONTENT}}
+        for one in (known, source_identity(source))
+    )
+    return difference_of(wanted, given)
 
 
 def _versions(source: Source, regions: Sequence[Region]) -> dict[str, Any]:

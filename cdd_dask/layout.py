@@ -15,7 +15,15 @@ import numpy as np
 
 from cdd_dask import store
 from cdd_dask.blocks import Grid
-from cdd_dask.objects import has_object, new_memory_store, read_object, store_of, write_object
+from cdd_dask.objects import (
+    has_object,
+    keys_below,
+    new_memory_store,
+    read_object,
+    store_of,
+    write_object,
+)
+from cdd_dask.seals import seal_of
 
 if TYPE_CHECKING:
     import zarr
@@ -111,6 +119,22 @@ class Layout:
                 array.attrs["units"] = axis.unit
 
 
+def difference_of(wanted: dict[str, Any], found: dict[str, Any]) -> str:
+    """What metadata have that they should not, in words.
+
+    Attributes of others may stand beside ours, and what is empty may be left out.
+    """
+    theirs = found.get("attributes") or {}
+    ours = {key: theirs.get(key) for key in wanted["attributes"]}
+    found = {**found, "attributes": ours}
+    # copies of the rest, which users make for faster opening (`zarr.consolidate_metadata`)
+    for name in sorted({*wanted, *found} - {"consolidated_metadata"}):
+        one, other = wanted.get(name) or None, found.get(name) or None
+        if seal_of(one) != seal_of(other):
+            return f"has other {name}"
+    return ""
+
+
 def _is_sound(address: str, key: str, wanted: bytes) -> bool:
     """Whether an object of metadata is there, and may stay."""
     found = read_object(address, key)
@@ -118,25 +142,16 @@ def _is_sound(address: str, key: str, wanted: bytes) -> bool:
         return found is not None
     try:
         known, expected = json.loads(found), json.loads(wanted)
-        # of arrays everything counts; a group's attributes come to be, and others may add theirs
-        theirs, ours = known.pop("attributes"), expected.pop("attributes")
-        if store.KEY in ours and not isinstance(theirs[store.KEY], dict):
-            return False
-        for document in (known, expected):
-            document.pop("consolidated_metadata", None)
+        if store.KEY in expected["attributes"]:  # which come to be as the run ends
+            expected["attributes"][store.KEY] = dict(known["attributes"][store.KEY])
+        return not difference_of(expected, known)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
-    return bool(known == expected)
 
 
 def objects_of(address: str) -> list[str]:
     """Keys of all objects of a store, the root's first."""
-    from zarr.core.sync import sync
-
-    async def keys() -> list[str]:
-        return [key async for key in store_of(address).list()]
-
-    return sorted(sync(keys()), key=lambda key: (key != ROOT, key))
+    return sorted(keys_below(store_of(address), ""), key=lambda key: (key != ROOT, key))
 
 
 def _ome_multiscales(name: str, axes: tuple[Axis, ...]) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from cdd_dask import layout, objects, store
 from cdd_dask.blocks import Grid, Region, pieces, with_halo
 from cdd_dask.errors import BudgetError, CddError
 from cdd_dask.executors.serial import SerialExecutor
-from cdd_dask.identity import difference_of, source_identity
+from cdd_dask.identity import change_of
 from cdd_dask.lease import Lease
 from cdd_dask.marks import Mark, gather_marks, read_marks
 from cdd_dask.memory import available_memory, byte_count, format_bytes
@@ -33,8 +33,6 @@ from cdd_dask.task import limited_threads
 from cdd_dask.verification import TOLERANCE, source_of
 from cdd_dask.working import nature_of, uses
 
-CONTENT = ("shape", "dtype", "content")
-"""What of a source's identity decides values: a file that was moved is still the same."""
 BLOCKS_COMPARED = 8
 """Blocks whose sum shows whether a source is the one that was decomposed."""
 
@@ -161,11 +159,7 @@ class _Mender:
                 (damage, f"no source to compute it from: {error}") for damage in found
             ]
             return
-        wanted, given = (
-            {"source": {name: one[name] for name in CONTENT}}
-            for one in (self._ledger.attributes["identity"]["source"], source_identity(opened))
-        )
-        if difference := difference_of(wanted, given):
+        if difference := change_of(self._ledger.attributes["identity"]["source"], opened):
             self._approximate(opened, found, f"the source is another one, it had {difference}")
             return
         differing = self._recompute(opened, found, progress)

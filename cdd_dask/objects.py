@@ -119,26 +119,31 @@ def names_in(address: str, folder: str) -> list[str]:
 
 
 def keys_below(store: Store, folder: str) -> set[str]:
-    """Keys in `folder` and all below, but those of empty files: a lost machine may leave them."""
-    from zarr.core.sync import sync
-    from zarr.storage import LocalStore
+    """Keys in `folder` (``""`` is everything) and all below, but those of empty files.
 
-    inner = getattr(store, "_store", store)
+    A lost machine may leave such.
+    """
+    from zarr.core.sync import sync
+    from zarr.storage import LocalStore, WrapperStore
+
+    inner, prefix = store, f"{folder}/" if folder else ""
+    while isinstance(inner, WrapperStore):
+        inner = inner._store
     if isinstance(inner, LocalStore):
-        return set(_files_in(inner.root / folder, folder))
+        return set(_files_in(inner.root / folder, prefix))
 
     async def keys() -> set[str]:
-        return {key async for key in store.list_prefix(f"{folder}/")}
+        return {key async for key in store.list_prefix(prefix)}
 
     return sync(keys())
 
 
-def _files_in(place: Path, key: str) -> Iterator[str]:
+def _files_in(place: Path, prefix: str) -> Iterator[str]:
     with suppress(FileNotFoundError), os.scandir(place) as entries:
         for entry in entries:
-            below = f"{key}/{entry.name}"
+            below = f"{prefix}{entry.name}"
             if entry.is_dir():
-                yield from _files_in(Path(entry.path), below)
+                yield from _files_in(Path(entry.path), f"{below}/")
             elif entry.stat().st_size:
                 yield below
 

@@ -17,8 +17,6 @@ DTYPES = ("float32", "float64")
 BLANKS = ("mask", "raise", "fill")
 UPSAMPLINGS = (1, 2, 4)
 MAX_NDIM = 4
-MAX_VOXELS = 2**60
-"""Of a volume: more is in a damaged header, and in no store."""
 LARGEST = {"float32": 4.2e37, "float64": 2.2e307}
 """Largest absolute value of a field: sums and differences with a few others stay finite."""
 SWITCH_SCALE = 5.0

@@ -338,9 +338,8 @@ def _run_pass(
     pool = SerialExecutor() if copying_in and not source.portable else executor
     stages = [stage for stage in plan.stages if stage.number in batch.work.stages]
     peak = max(stage.peak_memory for stage in stages)
-    alike = sum(other.stages == batch.work.stages for other in plan.passes)
-    seconds = sum(stage.seconds for stage in stages) / alike  # of all workers together
-    expected = seconds * plan.resources.workers / batch.work.tasks
+    seconds = plan.resources.workers * sum(stage.seconds for stage in stages)
+    expected = seconds / _tasks_of_stages(plan, batch.work)
     places = {batch.address, store.scratch_of(batch.address, batch.run) or batch.address}
     results = pool.run(
         run_task,
@@ -368,7 +367,12 @@ def _run_pass(
 def _work(plan: Plan, one: Pass) -> int:
     """Weight of one task of a pass in the run's progress."""
     work = sum(stage.work for stage in plan.stages if stage.number in one.stages)
-    return work // (one.tasks * sum(other.stages == one.stages for other in plan.passes))
+    return work // _tasks_of_stages(plan, one)
+
+
+def _tasks_of_stages(plan: Plan, one: Pass) -> int:
+    """Number of tasks of all passes over the stages of a pass, roughly: as if each had its many."""
+    return one.tasks * sum(other.stages == one.stages for other in plan.passes)
 
 
 def _how(plan: Plan, stage: Stage, nature: Nature) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from cdd_dask.marks import (
     read_marks,
 )
 from cdd_dask.plans import Plan
-from cdd_dask.seals import is_sealed, seal_of
+from cdd_dask.seals import is_sealed
 from cdd_dask.working import outputs
 
 
@@ -205,7 +205,7 @@ class Ledger:
                 values = store.read_block(self.address, path, ())
                 same = np.array_equal(values, store.read_block(expected, path, ()))
                 return "" if same else "is damaged"
-            return _other(json.loads(wanted), json.loads(found))
+            return layout.difference_of(json.loads(wanted), json.loads(found))
         except Exception:  # whatever was put there
             return "is damaged"
 
@@ -213,22 +213,6 @@ class Ledger:
 def _attributes(address: str, group: str) -> Any:
     """What a group of ours remembers, as it is there."""
     return (objects.read_attributes(address, group) or {}).get(store.KEY)
-
-
-def _other(wanted: dict[str, Any], found: dict[str, Any]) -> str:
-    """What metadata have that they should not, in words.
-
-    Attributes of others may stand beside ours, and what is empty may be left out.
-    """
-    theirs = found.get("attributes") or {}
-    ours = {key: theirs.get(key) for key in wanted["attributes"]}
-    found = {**found, "attributes": ours}
-    # copies of the rest, which users make for faster opening (`zarr.consolidate_metadata`)
-    for name in sorted({*wanted, *found} - {"consolidated_metadata"}):
-        one, other = wanted.get(name) or None, found.get(name) or None
-        if seal_of(one) != seal_of(other):
-            return f"has other {name}"
-    return ""
 
 
 def output_names(channels: int) -> list[str]:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from cdd_dask import lease
 from cdd_dask.blocks import Grid, Region, pieces, storage_chunks
 from cdd_dask.errors import AGAIN, DamagedError, OutputAccessError, StoreError
-from cdd_dask.faults import Fault
+from cdd_dask.faults import Fault, mark
 from cdd_dask.marks import keep_copy, read_copy
 from cdd_dask.objects import (
     IN_MEMORY,
@@ -101,12 +101,13 @@ def is_our_store(path: Path) -> bool:
 
 def remove_store(path: Path) -> None:
     """Delete a store of ours with its scratch, and nothing else; its lease stays."""
-    if not is_our_store(path):
+    known = remembered(str(path))
+    if known is None:
         raise StoreError(f"{path} is no decomposition store: it is not deleted")
-    with suppress(OSError, ValueError, KeyError, TypeError):  # it is no store of that run, or gone
-        known = remembered(str(path)) or {}
-        if known["scratch"]:
-            remove_scratch(known["scratch"], known["run"])
+    scratch = known.get("scratch")
+    if isinstance(scratch, str):
+        with suppress(OSError, ValueError, ImportError):  # it is gone, or no store of that run
+            remove_scratch(scratch, known.get("run", ""))
     # what makes it a store goes last: until then the rest can be deleted again
     for name in sorted(path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
         if name.name == lease.GROUP:
@@ -199,7 +200,7 @@ def remove_partial(address: str) -> None:
 
     Nobody else writes to the store then: this run holds the lease.
     """
-    if "://" in address or address.startswith(IN_MEMORY):
+    if "://" in address or not on_disk(address):
         return  # objects come to be whole
     for folder, _, names in os.walk(address):
         for name in names:
@@ -216,15 +217,13 @@ def create_work_array(address: str, run: str, name: str, grid: Grid, dtype: str)
 
 
 def remove_work_array(address: str, run: str, name: str) -> None:
-    """Delete a working array that nothing needs any more, and `work` when it is empty."""
+    """Delete a working array that nothing needs any more."""
     root_of_run(address, run, "r+")
     remove_objects(address, work_path(name))
-    if names_in(address, WORK) == ["zarr.json"]:
-        remove_objects(address, WORK)
 
 
 def remove_work(address: str, run: str) -> None:
-    """Delete what a killed run may have left of working arrays that nothing needs any more."""
+    """Delete the group of working arrays, with what a killed run may have left in it."""
     root_of_run(address, run, "r+")
     if names_in(address, WORK):
         remove_objects(address, WORK)
@@ -272,7 +271,7 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
                     remove_object(address, _shard_key(array, place))
                     remedy = f"; {AGAIN}, which makes it anew"
                 raise DamagedError(f"{address}: {path}, {damage}{remedy}") from error
-        error.fault = Fault.PASSING.value  # type: ignore[attr-defined]  # it is sound by now
+        mark(error, Fault.PASSING)  # it is sound by now
         raise
 
 

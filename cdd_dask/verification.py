@@ -16,7 +16,7 @@ from cdd_dask.errors import (
     SourceReadError,
     VerificationError,
 )
-from cdd_dask.identity import difference_of, source_identity
+from cdd_dask.identity import change_of
 from cdd_dask.memory import available_memory, byte_count
 from cdd_dask.output import output_address
 from cdd_dask.parameters import check_count
@@ -117,11 +117,12 @@ def verify(
     ledger = Ledger.of(address)
     _refuse(address, [*ledger.damaged_metadata()])
     result = open_decomposition(address)
-    gone: InputError | SourceNotFoundError | SourceReadError | None = None
     opened: Source | None = None
     try:
         opened = source_of(result.attrs["source"], result.shape, source)
     except (InputError, SourceNotFoundError, SourceReadError) as error:
+        if source is not None:  # better said before all blocks are read
+            raise
         gone = error
     with Progress(progress, len(ledger.plan.grid) + count * len(result.channels)) as shown:
         found = replace(
@@ -181,7 +182,7 @@ def _check_blocks(
     ulp = float(np.spacing(np.array(largest, result.parameters.dtype)))
     found = Verification(worst, where, ulp)
     if source is not None and found.worst_ulp > TOLERANCE:
-        changed = difference_of(ledger.attributes["identity"]["source"], source_identity(source))
+        changed = change_of(ledger.attributes["identity"]["source"], source)
         raise VerificationError(
             f"{result.path}: sum(channels) + residual differs from {source.description} by "
             f"{worst:.6g} ({found.worst_ulp:.3g} ulp of the maximum, {TOLERANCE} allowed) at voxel "

@@ -31,7 +31,7 @@ times longer: a slow block among quick ones does not hang."""
 LEAST_SIBLINGS = 3
 """How many must have finished before a task is taken to hang."""
 MOST_LISTED = 10
-"""How many failed blocks are logged with a traceback, and listed in the end."""
+"""How many failed blocks are logged, and listed in the end."""
 MOST_FAILED = 100
 """After so many failed blocks, and none that was done, a run stops."""
 MOST_KILLERS = 3
@@ -163,7 +163,7 @@ class Loop:
                 f"and {AGAIN}, finished blocks are kept"
             ) from error
         if attempt.tries < {Fault.PASSING: TRIES, Fault.EXPIRED: EXPIRED_TRIES}.get(fault, 1):
-            self._try_later(attempt, str(error))
+            self._try_later(attempt, self._reason(attempt, error))
         else:
             self._give_up(attempt, error, self._reason(attempt, error))
 
@@ -193,10 +193,7 @@ class Loop:
 
     def _try_later(self, attempt: Attempt, reason: str) -> None:
         seconds = wait_before(attempt.tries)
-        what = self.describe(attempt.task)
-        text = redacted(reason)
-        text = text if text.startswith(what) else f"{what}: {text}"
-        log.warning("%s; trying again in %.1f s", text, seconds)
+        log.warning("%s; trying again in %.1f s", reason, seconds)
         again = replace(attempt, tries=attempt.tries + 1)
         heapq.heappush(self.later, (time.monotonic() + seconds, attempt.number, again))
 
@@ -269,7 +266,8 @@ class Loop:
             if one is not future:  # it only had its process in common
                 heapq.heappush(self.later, (now, other.number, other))
         if attempt.tries < TRIES:
-            self._try_later(attempt, f"it {took} and was cancelled")
+            what = self.describe(attempt.task)
+            self._try_later(attempt, f"{what} {took} and was cancelled")
         else:
             error = TimeoutError(f"{took}, in each of {TRIES} tries")
             self._give_up(attempt, error, f"{self.describe(attempt.task)} {error}")
