@@ -257,6 +257,25 @@ def test_spacing_from_the_header(fits_cube: Path, tmp_path: Path):
         cdd_dask.plan(fits_cube, unit="arcsec", spacing="header", axes=(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("key", "place", "count"),
+    [("NAXIS", 0, 0), ("TFIELDS", 1, 1), ("NAXIS", 2, 3), ("NAXIS", 4, 3)],
+)
+@pytest.mark.parametrize("damaged", [10**15, 1000, -1])
+def test_a_header_that_promises_too_much(
+    several: Path, key: str, place: int, count: int, damaged: int
+):
+    """Axes and columns beyond the standard are refused at once, in whichever HDU."""
+    with fits.open(several) as hdus:
+        start = hdus[place].fileinfo()["hdrLoc"]
+    content = several.read_bytes()
+    card = f"{key:8}= {count:20}".encode()
+    at = content.index(card, start)
+    several.write_bytes(content[:at] + f"{key:8}= {damaged:20}".encode() + content[at + 30 :])
+    with pytest.raises(SourceReadError, match=rf"{key} = {damaged} in the header at byte {start}"):
+        open_source(several)
+
+
 def test_a_damaged_file_on_the_command_line(tmp_path: Path):
     """One line, exit status 2, no traceback."""
     (tmp_path / "in.fits").write_bytes(b"SIMPLE  =                    T" + b" " * 50)

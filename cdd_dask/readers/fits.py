@@ -24,6 +24,8 @@ AXIS_NAMES = {
 """Names of axes by the first part of their FITS type (``CTYPE``)."""
 PACKED = (b"\x1f\x8b", b"BZ", b"PK", b"\x1f\x9d", b"\xfd7")
 """How files begin that are compressed as a whole: astropy would unpack them into memory."""
+MOST_AXES = 999
+"""Axes of an image, and columns of a table, that the FITS standard allows (4.4.1, 7.2.1)."""
 
 
 def open_fits(path: Path, part: str | None = None) -> Source:
@@ -64,6 +66,7 @@ def open_fits(path: Path, part: str | None = None) -> Source:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file our errors tell
+            _check_counts(path, 0)  # opening reads the first HDU
             with fits.open(path, memmap=True, do_not_scale_image_data=True) as hdus:
                 number = _choose(path, hdus, part)
                 hdu = hdus[number]
@@ -103,17 +106,47 @@ def open_fits(path: Path, part: str | None = None) -> Source:
     )
 
 
+def _check_counts(path: Path, place: int) -> None:
+    """Refuse the HDU at a place in a file if it has more axes than there are.
+
+    astropy looks for a keyword of every axis or column that a header promises, for hours where
+    that is a damaged number.
+
+    Raises
+    ------
+    SourceReadError
+        If the header promises more than `MOST_AXES` axes or columns, or fewer than none.
+    """
+    from astropy.io.fits import Header
+
+    with path.open("rb") as file:
+        file.seek(place)
+        try:
+            header = Header.fromfile(file)
+        except (EOFError, OSError, ValueError):
+            return  # the end of the file, or what astropy will tell of
+    for key in ("NAXIS", "ZNAXIS", "TFIELDS"):
+        count = header.get(key, 0)
+        if not (isinstance(count, int) and 0 <= count <= MOST_AXES):
+            raise SourceReadError(
+                f"{path} is damaged: {key} = {count!r} in the header at byte {place} is no "
+                f"integer of 0 to {MOST_AXES}"
+            )
+
+
 def _choose(path: Path, hdus: Any, part: str | None) -> int:
     """Number of the HDU that `part` means: an image with data."""
     images: dict[int, Any] = {}
-    before = -1
+    place = 0
     for n, hdu in enumerate(hdus):
-        # of a negative size the next HDU would be the same again, for ever
-        if (place := hdu.fileinfo()["hdrLoc"]) <= before:
-            raise SourceReadError(f"{path} is damaged: HDU {n} begins before the one before it")
-        before = place
         if hdu.is_image and hdu.header.get("NAXIS", 0) > 0:
             images[n] = hdu
+        where = hdu.fileinfo()
+        # of a negative size the next HDU would be the same again, for ever
+        if (end := where["datLoc"] + where["datSpan"]) <= place:
+            raise SourceReadError(f"{path} is damaged: HDU {n} ends before it begins")
+        place = end
+        _check_counts(path, place)
     if not images:
         raise SourceReadError(f"{path} holds no FITS image")
     if part is None:
