@@ -200,8 +200,8 @@ def decompose(
     LeaseError
         If another run writes to `out` (a `BlockingIOError`).
     RunError
-        If blocks could not be computed, or the run was stopped by a full disk or the like; the
-        same call goes on with what is left.
+        If blocks could not be computed, or the run was stopped by a full disk, another run that
+        took over `out`, or the like; the same call goes on with what is left.
 
     Examples
     --------

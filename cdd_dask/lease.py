@@ -23,7 +23,7 @@ from types import TracebackType
 
 from cdd_dask import objects
 from cdd_dask.addresses import UNPRINTABLE
-from cdd_dask.errors import LeaseError, OutputAccessError, redacted
+from cdd_dask.errors import LeaseError, OutputAccessError, RunError, redacted
 
 GROUP = "lease"
 """Name of the group whose attributes name the holder."""
@@ -215,9 +215,9 @@ class Lease:
                 os.rmdir(self._address)  # where nothing else is: no store was made
 
     def check(self) -> None:
-        """Raise `LeaseError` if another run has taken the lease."""
+        """Raise `RunError` if another run has taken the lease: this one cannot go on."""
         if self._lost is not None:
-            raise LeaseError(
+            raise RunError(
                 f"{self._address} was taken over by {self._lost} while this run wrote to it: "
                 "this run stops"
             )

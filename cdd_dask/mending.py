@@ -100,6 +100,8 @@ def repair(
         If another run writes to the store.
     BudgetError
         If the store's blocks do not fit the memory.
+    RunError
+        If another run takes over the store meanwhile.
     """
     address = output_address(path)
     budget = available_memory() // 2 if memory is None else byte_count("memory", memory)

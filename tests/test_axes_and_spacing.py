@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from examples import few
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -48,7 +49,7 @@ def test_every_slice_by_itself(axes: Any, lognormal: Any, outputs: Any):
             assert np.array_equal(mine, alone)
 
 
-@settings(max_examples=14)
+@few(6)
 @given(
     axes=st.sampled_from([(0,), (1, 2), (0, 2)]),
     block=st.tuples(*(st.integers(6, 30),) * 3),

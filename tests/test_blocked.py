@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from examples import few
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -78,7 +79,7 @@ ROUNDING = 1e-6
 """What float32 adds, relative to the field's range."""
 
 
-@settings(max_examples=25)
+@few(10)
 @given(
     cut=cuts(),
     edges=scales(),
@@ -114,7 +115,7 @@ def test_blocks_equal_the_whole(
     assert np.abs(blocked - whole).max() <= allowed
 
 
-@settings(max_examples=20)
+@few(8)
 @given(
     cut=cuts(),
     constraint=st.sampled_from(["inverted", "unconstrained"]),
@@ -184,7 +185,7 @@ def test_strict_halos_give_the_same_bits(
         assert np.array_equal(outputs(field, block=block, **options), whole)
 
 
-@settings(max_examples=6)
+@few(4)
 @given(block=st.tuples(st.integers(60, 300), st.integers(1, 2), st.integers(2, 5)))
 def test_strict_halos_give_the_same_bits_in_3d(
     outputs: Any, lognormal: Any, block: tuple[int, ...]

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from hypothesis import assume, given, settings
+from examples import few
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from test_closure import blobs, noise, signed, turbulence
@@ -345,7 +346,7 @@ def test_rtol_decides_the_regimes(options: dict[str, Any], expected: set[str]):
     assert not planned((512,) * 3, **{**options, "memory": "60GB", "block": 256}) & CELLS
 
 
-@settings(max_examples=12)
+@few(6)
 @given(
     shape=st.lists(st.integers(40, 400), min_size=2, max_size=3).map(tuple),
     part=st.floats(0.01, 1.0),

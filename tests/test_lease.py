@@ -23,7 +23,7 @@ import pytest
 
 import cdd_dask
 from cdd_dask import lease, objects, run
-from cdd_dask.errors import LeaseError, StoreError
+from cdd_dask.errors import LeaseError, RunError, StoreError
 from cdd_dask.lease import Holder, Lease
 
 LINUX = sys.platform == "linux"
@@ -105,7 +105,7 @@ def test_a_lease_that_is_lost_stops_the_run(
         return original(task)
 
     monkeypatch.setattr(run, "run_task", slow)
-    with pytest.raises(LeaseError, match="was taken over by"):
+    with pytest.raises(RunError, match="was taken over by"):
         cdd_dask.decompose(lognormal((64, 64)), out, max_scale=4, block=16, progress=False)
     with pytest.raises(StoreError, match="not complete"):
         cdd_dask.open_decomposition(out)

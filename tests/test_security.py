@@ -284,7 +284,7 @@ def test_a_fits_file_without_end(tmp_path: Path):
     (tmp_path / "in.fits").write_bytes(
         data.replace(b"                  64", b"                 -64")
     )
-    with pytest.raises(SourceReadError, match="HDU 1 begins before"):
+    with pytest.raises(SourceReadError, match="HDU 0 ends before it begins"):
         open_source(tmp_path / "in.fits")
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -17,17 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from examples import NIGHTLY, few
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import cdd_dask
 from cdd_dask import lease, objects, run, store, task
 from cdd_dask.errors import CddError, DifferentRunError, RunError, StoreError, VerificationError
 
-pytest.importorskip("hypothesis")
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 OPTIONS: dict[str, Any] = {
     **{"max_scale": 2, "e_rel": 0.5, "rtol": 1e-2, "block": 8, "nan": "raise"},
     **{"engine": "cpu", "progress": False},
@@ -321,6 +318,4 @@ def injure(path: Path, kind: str, data: st.DataObject) -> None:
 
 TestStore = Store.TestCase
 TestStore.pytestmark = [pytest.mark.timeout(7200 if NIGHTLY else 600)]
-TestStore.settings = settings(
-    max_examples=settings().max_examples if NIGHTLY else 4, stateful_step_count=12
-)
+TestStore.settings = settings(few(4), stateful_step_count=12)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from examples import few
+from hypothesis import given
 from hypothesis import strategies as st
 
 import cdd_dask
@@ -192,7 +193,7 @@ def test_time_goes_on(lognormal: Any, outputs: Any):
 # blocks and tiles
 
 
-@settings(max_examples=15)
+@few(7)
 @given(
     seed=st.integers(0, 99),
     block=st.tuples(st.integers(9, 40), st.integers(9, 40)),
