@@ -217,7 +217,7 @@ def test_the_sum_is_the_field(lognormal: Any, dtype: str, block: tuple[int, int]
     field[::3] *= -1
     result = cdd_dask.decompose(
         field,
-        max_scale=16,
+        max_scale=8,
         e_rel=0.3,
         dtype=dtype,
         block=block,
