@@ -47,7 +47,7 @@ class Stopped(BaseException):
 
 def source_of(kind: str, folder: Path, lognormal: Any) -> Any:
     """The field of a case, and in a file, unless it is one in memory."""
-    field = lognormal((48, 48, 30))
+    field = lognormal((48, 32, 30))
     if kind == "signed":
         field = np.log(field).astype("float32")
     if kind == "blank":
@@ -580,7 +580,7 @@ def test_what_is_left_beside_a_complete_output_goes(
 ):
     """By a run that was killed between the end of its work and its own."""
     options, out = {**BASE, "scratch": tmp_path}, tmp_path / "out.zarr"
-    np.save(tmp_path / "field.npy", lognormal((48, 48, 30)))
+    np.save(tmp_path / "field.npy", lognormal((48, 32, 30)))
     decompose = cdd_dask.decompose  # which loads what is patched below, as it is
 
     def killed(*_: Any) -> None:
