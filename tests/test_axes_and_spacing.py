@@ -32,16 +32,16 @@ def test_every_slice_by_itself(axes: Any, lognormal: Any, outputs: Any):
     To the bit, unless another axis lies between: an engine may then smooth along them in another
     order, and rounds otherwise.
     """
-    field = lognormal((7, 24, 20), seed=3)
+    field, options = lognormal((7, 24, 20), seed=3), {"max_scale": 2, "e_rel": 0.2}
     numbers = {a % 3 for a in ((axes,) if isinstance(axes, int) else axes)}
     others = [a for a in range(3) if a not in numbers]
-    ours = outputs(field, axes=axes, **QUICK)
+    ours = outputs(field, axes=axes, **options)
     places = [*np.ndindex(*(field.shape[a] for a in others))]
     for place in places[:: 1 + len(places) // 15]:
         where: list[Any] = [slice(None)] * 3
         for a, i in zip(others, place, strict=True):
             where[a] = i
-        alone = outputs(np.ascontiguousarray(field[tuple(where)]), **QUICK)
+        alone = outputs(np.ascontiguousarray(field[tuple(where)]), **options)
         mine = ours[(slice(None), *where)]
         if numbers == {0, 2}:
             assert np.abs(mine - alone).max() <= 1e-6 * field.max()
