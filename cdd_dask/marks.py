@@ -89,9 +89,9 @@ def copy_path(number: int) -> str:
 def keep_copy(address: str, attributes: dict[str, dict[str, Any]]) -> None:
     """Keep a copy of attributes beside the marks, to repair those.
 
-    They are given by the group's name, those of the root by ``""``.
+    They are given by the group's name, those of the root by ``""``, in any order.
     """
-    objects.write_group(address, FOLDER, {KEY: attributes})
+    objects.write_group(address, FOLDER, {KEY: dict(sorted(attributes.items()))})
 
 
 def read_copy(address: str) -> dict[str, dict[str, Any]]:

@@ -73,6 +73,15 @@ def test_several_damages_at_once(made: Path, halos: Path):
     assert str(cdd_dask.repair(made, progress=False)) == "nothing is damaged"
 
 
+def test_metadata_come_back_byte_by_byte(made: Path):
+    """Each document that is lost by itself."""
+    documents = {path: path.read_bytes() for path in made.rglob("zarr.json")}
+    for path, content in documents.items():
+        path.unlink()
+        assert len(cdd_dask.repair(made, progress=False).repaired) == 1, path
+        assert path.read_bytes() == content, path
+
+
 @pytest.mark.parametrize("what", ["zarr.json", "done"])
 def test_parts_of_another_run_are_named(what: str, made: Path, halos: Path, tmp_path: Path):
     """Nobody can tell which is right; whoever knows deletes the other, and the rest is mended."""
