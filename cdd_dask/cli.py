@@ -363,8 +363,9 @@ def _connect(scheduler: str | None) -> Any:
     from distributed import Client
 
     check_address("scheduler", scheduler)
-    # our own message tells better that the scheduler is gone than its traceback
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    # our own message tells better that the scheduler is gone than their tracebacks
+    for name in ("batched", "client", "core"):
+        logging.getLogger(f"distributed.{name}").setLevel(logging.CRITICAL)
     try:
         return Client(scheduler, timeout="10s")
     except (OSError, ValueError, TypeError) as error:  # TypeError: TLS without certificates

@@ -48,8 +48,9 @@ def losses_told() -> Iterator[None]:
 
 
 def _lost(why: object) -> ClusterError:
+    line = " ".join(str(why).split())
     return ClusterError(
-        f"the cluster has lost its scheduler, or a worker that was asked ({why}): see that it "
+        f"the cluster has lost its scheduler, or a worker that was asked ({line}): see that it "
         f"runs, and {AGAIN}, finished blocks are kept"
     )
 
