@@ -49,7 +49,7 @@ def test_every_slice_by_itself(axes: Any, lognormal: Any, outputs: Any):
             assert np.array_equal(mine, alone)
 
 
-@few(6)
+@few(5)
 @given(
     axes=st.sampled_from([(0,), (1, 2), (0, 2)]),
     block=st.tuples(*(st.integers(6, 30),) * 3),

@@ -79,7 +79,7 @@ ROUNDING = 1e-6
 """What float32 adds, relative to the field's range."""
 
 
-@few(10)
+@few(8)
 @given(
     cut=cuts(),
     edges=scales(),

@@ -75,7 +75,8 @@ def test_several_damages_at_once(made: Path, halos: Path):
 
 def test_metadata_come_back_byte_by_byte(made: Path):
     """Each document that is lost by itself."""
-    documents = {path: path.read_bytes() for path in made.rglob("zarr.json")}
+    names = {path for path in made.rglob("zarr.json") if "residual" not in path.parts}
+    documents = {path: path.read_bytes() for path in names}
     for path, content in documents.items():
         path.unlink()
         assert len(cdd_dask.repair(made, progress=False).repaired) == 1, path

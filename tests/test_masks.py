@@ -63,7 +63,7 @@ def test_one_blank_voxel_changes_nothing_beyond_its_surroundings(
     assert change[:, distance >= 32].max() <= 1e-6 * field.max()
 
 
-@few(8)
+@few(6)
 @given(
     seed=st.integers(0, 99),
     share=st.sampled_from([0.01, 0.1, 0.5, 0.9]),

@@ -83,7 +83,13 @@ def arrays_of(path: Path) -> list[Any]:
     return [part[...] for part in (*result.channels, result.residual)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = {kind: pytest.mark.slow for kind in ("closure", "stream")}
+"""Of one sign: what they do is done for both signs, too."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=SLOW[kind] if kind in SLOW else ()) for kind in KINDS]
+)
 def test_goes_on_where_it_stopped(kind: str, executed: Any, tmp_path: Path, lognormal: Any):
     """Every block is computed once, wherever the run is stopped, and not one bit differs."""
     what, options = KINDS[kind]

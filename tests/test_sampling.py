@@ -146,7 +146,11 @@ def test_upsampled_channels(tmp_path: Path, upsample: int, boundary: str):
 
 
 @pytest.mark.usefixtures("free_passes")
-@pytest.mark.parametrize("options", [{}, {"inverted": True}, {"boundary": "wrap"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"boundary": "wrap"}, pytest.param({"inverted": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_coarse_kernels_are_judged_by_l2(tmp_path: Path, options: dict[str, Any]):
     """Full kernels, or ones a level finer, tell what the run's coarse ones did."""
     coarse: dict[str, Any] = {"max_scale": 64, "block": 70, "rtol": 1e-4, **options}
