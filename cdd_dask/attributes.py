@@ -24,7 +24,7 @@ from cdd_dask.parameters import MAX_NDIM, Parameters
 from cdd_dask.plans import Resources, Speeds, Stage, Volume
 from cdd_dask.readers.base import LARGEST_VOLUME
 from cdd_dask.scales import MOST_CHANNELS, scale_edges
-from cdd_dask.store import FORMAT_VERSION
+from cdd_dask.store import FORMAT_VERSION, SCRATCH_NAME
 
 Rule = Callable[[str, Any], None]
 
@@ -336,7 +336,7 @@ def _check_scratch(scratch: str | None) -> None:
         return
     *folders, name = scratch.split("/")
     absolute = scratch.startswith("/") or "://" in scratch or re.match(r"[A-Za-z]:", scratch)
-    named = re.fullmatch(r"cdd-dask-[0-9a-f]{12}\.zarr", name)
+    named = SCRATCH_NAME.fullmatch(name)
     if not named or ".." in folders or not absolute:
         _refuse("scratch", scratch, "an absolute path that ends with /cdd-dask-<run>.zarr")
 
@@ -384,6 +384,7 @@ def _check_group(name: str, known: Any, scales: tuple[float, float | None], comp
 
 def _check_image(name: str, array: Any, parameters: Parameters, grid: Grid) -> None:
     from zarr import Array
+    from zarr.codecs.bytes import Endian
 
     def check(what: str, found: object, *allowed: object) -> None:
         if found not in allowed:
@@ -398,6 +399,10 @@ def _check_image(name: str, array: Any, parameters: Parameters, grid: Grid) -> N
     check("shards and chunks", (array.shards, array.chunks), (shards, chunks), (None, grid.block))
     for codec in _codecs(array.metadata.codecs):
         check("the codec", type(codec).__name__, *CODECS)
+        check("the byte order", getattr(codec, "endian", None), None, Endian.little)
+    keys = array.metadata.chunk_key_encoding.to_dict()
+    check("the keys", keys, {"name": "default", "configuration": {"separator": "/"}})
+    check("the fill value", float(array.fill_value), 0.0)
     for axis in array.metadata.dimension_names or ():
         _optional(_text)(f"{name}.dimension_names", axis)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -221,7 +222,10 @@ def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> D
         known: Any = root.attrs[store.KEY]
         complete = known["complete"]
     except Exception as error:  # damaged metadata make Zarr fail in any way
-        if store.remembered(address) is not None:
+        known = None
+        with suppress(OSError, ValueError, ImportError):
+            known = store.remembered(address)
+        if known is not None:
             raise StoreError(
                 f"{address} is damaged, its root cannot be read ({_reason(error)}): `cdd-dask "
                 "repair` mends a finished store, the same call of decompose goes on with others"

@@ -30,10 +30,11 @@ class WholeStore(WrapperStore[Store]):
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         found = await self._store.get(key, prototype, byte_range)
-        if found is None and CHUNKS in key:
+        if CHUNKS in key and not found:  # Zarr reads an empty one as zeros, too
             path, _, place = key.partition(CHUNKS)
             shard = tuple(map(int, place.split("/")))
-            raise DamagedError(f"{path}, shard {shard} is not there: {REMEDY}")
+            problem = "is not there" if found is None else "is empty"
+            raise DamagedError(f"{path}, shard {shard} {problem}: {REMEDY}")
         return found
 
 

@@ -137,6 +137,7 @@ class _Mender:
             else:
                 self.repaired.append(damage)
         keys = {damage.key for damage in self.repaired}
+        keys -= {damage.key for damage, _ in self.impossible}  # they hold more than their template
         with self._ledger.template() as expected:
             for key in sorted(keys & {*layout.objects_of(expected)}):
                 whole = objects.read_object(expected, key) or b""
@@ -195,6 +196,10 @@ class _Mender:
         expected = self._ledger.checksum(damage.output, damage.block)
         if expected is not None and store.checksum(values) != expected:
             return False
+        if damage.readable:  # it lacks but a mark, and may be right where this machine is not
+            there = store.read_block(self._address, path, core)
+            if store.checksum(there) != store.checksum(values):
+                return False
         self._write(path, damage.block, values)
         if expected is None:
             marks = read_marks(again, self._fingerprint, number)
@@ -305,13 +310,13 @@ class _Mender:
             self._ledger.kept[name] = {**held, "approximate_blocks": blocks}
 
     def finish(self) -> None:
-        """Write marks and attributes that follow from what was mended."""
+        """Write attributes and marks that follow from what was mended."""
+        if self.approximate:  # before the marks: until these are there the blocks are damaged
+            root, groups = store.open_root(self._address, "r+"), dict(self._ledger.kept)
+            store.write_attributes(self._address, root, groups.pop(""), groups)
         if self.repaired or self.approximate:
             for number, marks in self._ledger.marks.items():
                 gather_marks(self._address, self._fingerprint, number, marks.values())
-        if self.approximate:
-            root, groups = store.open_root(self._address, "r+"), dict(self._ledger.kept)
-            store.write_attributes(self._address, root, groups.pop(""), groups)
         still = {damage.key for damage in Ledger.of(self._address).damaged_metadata()}
         lost = [damage for damage in self.repaired if damage.key in still]
         self.repaired = [damage for damage in self.repaired if damage.key not in still]

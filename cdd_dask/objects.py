@@ -144,8 +144,10 @@ def _files_in(place: Path, prefix: str) -> Iterator[str]:
             below = f"{prefix}{entry.name}"
             if entry.is_dir():
                 yield from _files_in(Path(entry.path), f"{below}/")
-            elif entry.stat().st_size:
-                yield below
+                continue
+            with suppress(FileNotFoundError):  # a late writer has renamed it meanwhile
+                if entry.stat().st_size:
+                    yield below
 
 
 def group_document(attributes: dict[str, Any]) -> bytes:

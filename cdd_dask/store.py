@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ from cdd_dask.faults import Fault, mark
 from cdd_dask.marks import keep_copy, read_copy
 from cdd_dask.objects import (
     IN_MEMORY,
+    group_document,
     has_object,
     keys_below,
     names_in,
@@ -44,6 +46,7 @@ from cdd_dask.objects import (
     remove_object,
     remove_objects,
     store_of,
+    write_object,
 )
 from cdd_dask.readers.regions import read_region
 from cdd_dask.seals import sealed
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 KEY = "cdd_dask"
 """The one key under which everything of ours lies in the root's and the groups' attributes."""
+SCRATCH_NAME = re.compile(r"cdd-dask-[0-9a-f]{12}\.zarr")
+"""What a run calls the store of its working arrays in the folder `scratch`."""
 RESIDUAL = "residual"
 WORK = "work"
 
@@ -79,7 +84,13 @@ def open_root(address: str, mode: str = "r") -> zarr.Group:
     """The root group of the store at `address`."""
     import zarr
 
-    return zarr.open_group(store_of(address), mode=mode, zarr_format=3)  # type: ignore[arg-type]
+    # a consolidated copy of the metadata, which a user may have made, is what nothing checks
+    return zarr.open_group(
+        store_of(address),
+        mode=mode,  # type: ignore[arg-type]
+        zarr_format=3,
+        use_consolidated=False,
+    )
 
 
 def remembered(address: str) -> dict[str, Any] | None:
@@ -105,9 +116,13 @@ def remove_store(path: Path) -> None:
     if known is None:
         raise StoreError(f"{path} is no decomposition store: it is not deleted")
     scratch = known.get("scratch")
-    if isinstance(scratch, str):
+    if isinstance(scratch, str) and SCRATCH_NAME.fullmatch(scratch.rpartition("/")[2]):
         with suppress(OSError, ValueError, ImportError):  # it is gone, or no store of that run
             remove_scratch(scratch, known.get("run", ""))
+    if known.get("complete"):  # it no longer is, should this be stopped halfway
+        whole = sealed({**known, "complete": False})
+        keep_copy(str(path), {**read_copy(str(path)), "": whole})
+        write_object(str(path), "zarr.json", group_document({KEY: whole}))
     # what makes it a store goes last: until then the rest can be deleted again
     for name in sorted(path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
         if name.name == lease.GROUP:

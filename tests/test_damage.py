@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import zarr
 
 import cdd_dask
 from cdd_dask import lease, run, store
-from cdd_dask.errors import LeaseError, StoreError, VerificationError
+from cdd_dask.errors import DamagedError, LeaseError, StoreError, VerificationError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import damage
@@ -196,3 +197,85 @@ def test_nothing_but_what_a_block_depends_on_is_computed(
     needed = [with_neighbours(near), near, {place}]
     assert executed == {(number, block) for number in range(3) for block in needed[number]}
     assert damage.same(wanted, damage.files_of(out))
+
+
+# what readers are given
+
+
+def edited(path: Path, change: Any) -> None:
+    """Have a JSON document say something else."""
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_an_empty_shard_is_no_zeros(made: Path):
+    """Neither of all of it nor of a part; a lost machine may leave such."""
+    shard(made, "channel_00", 0, 0).write_bytes(b"")
+    channel = cdd_dask.open_decomposition(made).channels[0]
+    for region in (..., (slice(3, 5), slice(3, 5))):
+        with pytest.raises(DamagedError, match=r"shard \(0, 0\) is empty"):
+            channel[region]
+
+
+@pytest.mark.parametrize("what", ["separator", "encoding", "endian", "fill value"])
+def test_an_edited_array_is_refused(made: Path, what: str):
+    """Zarr would read zeros from elsewhere, or other numbers."""
+
+    def change(document: Any) -> None:
+        if what == "separator":
+            document["chunk_key_encoding"]["configuration"]["separator"] = "."
+        elif what == "encoding":
+            document["chunk_key_encoding"] = {"name": "v2"}
+        elif what == "fill value":
+            document["fill_value"] = 1.0
+        else:
+            inner = document["codecs"][0]["configuration"]["codecs"]
+            inner[0]["configuration"]["endian"] = "big"
+
+    edited(made / "channel_00" / "scale0" / "image" / "zarr.json", change)
+    with pytest.raises(StoreError, match="was it edited"):
+        cdd_dask.open_decomposition(made)
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_consolidated_metadata_are_not_believed(made: Path, halos: Path):
+    """A user may have made some, for other readers."""
+    zarr.consolidate_metadata(made)
+
+    def change(document: Any) -> None:
+        held = document["consolidated_metadata"]["metadata"]["channel_00/scale0/image"]
+        held["codecs"][0]["configuration"]["codecs"][0]["configuration"]["endian"] = "big"
+
+    edited(made / "zarr.json", change)
+    one, other = (cdd_dask.open_decomposition(path).channels[0][...] for path in (halos, made))
+    assert np.array_equal(one, other)
+
+
+def test_overwriting_that_is_stopped_leaves_no_complete_store(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Half of it deleted, and the store says so."""
+
+    def stopped(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.shutil, "rmtree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        store.remove_store(made)
+    monkeypatch.undo()
+    with pytest.raises(StoreError, match="not complete"):
+        cdd_dask.open_decomposition(made)
+
+
+def test_overwriting_deletes_no_scratch_but_its_own(made: Path, halos: Path, tmp_path: Path):
+    """Attributes may have been edited to name another store."""
+    victim = Path(shutil.copytree(halos, tmp_path / "victim.zarr"))
+
+    def change(document: Any) -> None:
+        document["attributes"]["cdd_dask"]["scratch"] = str(victim)
+
+    edited(made / "zarr.json", change)
+    store.remove_store(made)
+    assert not made.exists()
+    assert (victim / "zarr.json").exists()

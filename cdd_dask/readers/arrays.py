@@ -74,11 +74,11 @@ class _Masked:
     """A masked array whose masked voxels are NaN."""
 
     def __init__(self, array: Any) -> None:
-        self._array, self.shape = array, array.shape
+        self._data, self.shape = array, array.shape
         self.dtype = array.dtype if array.dtype.kind not in "biu" else np.dtype(np.float64)
 
     def __getitem__(self, region: Region) -> NDArray[Any]:
-        values: NDArray[Any] = np.ma.filled(self._array[region].astype(self.dtype), np.nan)
+        values: NDArray[Any] = np.ma.filled(self._data[region].astype(self.dtype), np.nan)
         return values
 
 
