@@ -124,7 +124,9 @@ def difference_of(wanted: dict[str, Any], found: dict[str, Any]) -> str:
 
     Attributes of others may stand beside ours, and what is empty may be left out.
     """
-    theirs = found.get("attributes") or {}
+    if "attributes" not in found:
+        return "has no attributes"
+    theirs = found["attributes"] or {}
     ours = {key: theirs.get(key) for key in wanted["attributes"]}
     found = {**found, "attributes": ours}
     # copies of the rest, which users make for faster opening (`zarr.consolidate_metadata`)
