@@ -137,7 +137,6 @@ class _Mender:
             else:
                 self.repaired.append(damage)
         keys = {damage.key for damage in self.repaired}
-        keys -= {damage.key for damage, _ in self.impossible}  # they hold more than their template
         with self._ledger.template() as expected:
             for key in sorted(keys & {*layout.objects_of(expected)}):
                 whole = objects.read_object(expected, key) or b""
@@ -200,7 +199,8 @@ class _Mender:
             there = store.read_block(self._address, path, core)
             if store.checksum(there) != store.checksum(values):
                 return False
-        self._write(path, damage.block, values)
+        else:
+            self._write(path, damage.block, values)
         if expected is None:
             marks = read_marks(again, self._fingerprint, number)
             self._ledger.marks[number][damage.block] = marks[damage.block]

@@ -157,8 +157,8 @@ def group_document(attributes: dict[str, Any]) -> bytes:
 
 
 def write_group(address: str, path: str, attributes: dict[str, Any]) -> None:
-    """Write a group of the Zarr hierarchy with its attributes, as one object."""
-    write_object(address, f"{path}/zarr.json", group_document(attributes))
+    """Write a group of the Zarr hierarchy with its attributes, as one object; "" is the root."""
+    write_object(address, _group_key(path), group_document(attributes))
 
 
 def read_attributes(address: str, path: str) -> dict[str, Any] | None:

@@ -162,14 +162,15 @@ class Ledger:
 
     def damaged_metadata(self) -> Iterator[Damage]:
         """What of groups, arrays, coordinates and marks is not as the run left it."""
+        lost = {f"{name}/zarr.json": name for name in self.names if name not in self.kept}
         with self.template() as expected:
-            for key in sorted(layout.objects_of(expected)):
+            # of what is lost the template does not hold all
+            for key in sorted({*layout.objects_of(expected)} - lost.keys()):
                 if problem := self._difference(expected, key):
                     yield Damage(f"{key} {problem}", key=key)
-        for name in self.names:
-            if name not in self.kept:
-                what = f"{name}/zarr.json and its copy in {FOLDER} are both damaged"
-                yield Damage(what, output=name, key=f"{name}/zarr.json")
+        for key, name in lost.items():
+            what = f"{key} and its copy in {FOLDER} are both damaged"
+            yield Damage(what, output=name, key=key)
         fingerprint = self.attributes["fingerprint"]
         for number, marks in self.marks.items():
             for place in (pass_path(number), copy_path(number)):

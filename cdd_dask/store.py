@@ -38,7 +38,6 @@ from cdd_dask.faults import Fault, mark
 from cdd_dask.marks import keep_copy, read_copy
 from cdd_dask.objects import (
     IN_MEMORY,
-    group_document,
     has_object,
     keys_below,
     names_in,
@@ -46,7 +45,7 @@ from cdd_dask.objects import (
     remove_object,
     remove_objects,
     store_of,
-    write_object,
+    write_group,
 )
 from cdd_dask.readers.regions import read_region
 from cdd_dask.seals import sealed
@@ -122,7 +121,7 @@ def remove_store(path: Path) -> None:
     if known.get("complete"):  # it no longer is, should this be stopped halfway
         whole = sealed({**known, "complete": False})
         keep_copy(str(path), {**read_copy(str(path)), "": whole})
-        write_object(str(path), "zarr.json", group_document({KEY: whole}))
+        write_group(str(path), "", {KEY: whole})
     # what makes it a store goes last: until then the rest can be deleted again
     for name in sorted(path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
         if name.name == lease.GROUP:
