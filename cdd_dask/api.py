@@ -36,8 +36,8 @@ from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, open_source
 from cdd_dask.readers.base import LARGEST_VOLUME
 from cdd_dask.resources import resolve_resources
-from cdd_dask.resuming import Begun, find_begun
-from cdd_dask.run import clean_up, execute, go_on_with_store, prepare_store
+from cdd_dask.resuming import Begun, check_shards, find_begun
+from cdd_dask.run import clean_up, execute, go_on_with_store, has_leftovers, prepare_store
 from cdd_dask.task import limited_threads, prepare_process
 
 log = logging.getLogger(__name__)
@@ -197,11 +197,14 @@ def decompose(
         of another source, the first of which the message names.
     PreflightError
         If a worker cannot do what is asked of it, see `doctor`; nothing is written.
+    DamagedError
+        If `out` is finished but lacks blocks (a `ValueError`): `repair` mends it.
     LeaseError
         If another run writes to `out` (a `BlockingIOError`).
     RunError
         If blocks could not be computed, or the run was stopped by a full disk, another run that
-        took over `out`, or the like; the same call goes on with what is left.
+        took over `out`, or the like; the same call goes on with what is left. If `source` was
+        written while it was read: then `overwrite` starts anew.
 
     Examples
     --------
@@ -232,8 +235,10 @@ def decompose(
             folder = begun.scratch
             if begun.complete:
                 _clean_up_after_others(made, begun)
+                result = open_decomposition(address)
+                check_shards(made, address)
                 log.info("%s is complete: nothing is left to do", address)
-                return open_decomposition(address)
+                return result
         else:
             made = make_plan(*request)
             check_output(address, opened, made, overwrite)
@@ -457,10 +462,11 @@ def _block(block: Sequence[int] | int | None, ndim: int) -> tuple[int, ...] | No
 
 def _clean_up_after_others(made: Plan, begun: Begun) -> None:
     """Remove what a run leaves that is killed when its output is complete, the lease at last."""
+    address, known = begun.address, begun.attributes
     with suppress(OSError, StoreError):  # it stays then, and does no harm
-        if Lease.read(begun.address) is not None:
-            with Lease(begun.address):
-                clean_up(made, begun.address, begun.attributes["run"])
+        if Lease.read(address) is not None or has_leftovers(made, address, known["scratch"]):
+            with Lease(address):
+                clean_up(made, address, known["run"])
 
 
 def _begin(

@@ -10,7 +10,6 @@ from functools import lru_cache, partial
 from operator import mul
 
 from cdd_dask.blocks import Grid, haloed_shape, haloed_voxels
-from cdd_dask.errors import InputError
 from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
 from cdd_dask.memory import TaskMemory, cell_task_bytes, voxel_task_bytes
 from cdd_dask.parameters import Parameters
@@ -373,17 +372,6 @@ class Draft:
         if device is not None and self.device_peak(grid) > device:
             return False
         return self.peak(grid) <= self.resources.memory
-
-    def check(self, block: tuple[int, ...]) -> Grid:
-        """The blocks of a core that the user gives, clipped to the volume."""
-        shape = self.volume.shape
-        if len(block) != len(shape):
-            raise InputError(
-                f"block={block} has {len(block)} axes, the volume of shape {shape} has {len(shape)}"
-            )
-        if min(block) < 1:
-            raise InputError(f"block={block} must be positive along every axis")
-        return Grid(shape, tuple(min(b, n) for b, n in zip(block, shape, strict=True)))
 
     def grids(self) -> Iterator[Grid]:
         """Blocks to choose from: large ones have small halos, many keep all workers busy."""

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from cdd_dask.engines import load_engine
+from cdd_dask.identity import content_of
 from cdd_dask.memory import available_memory
 from cdd_dask.probes import Access, Probe, try_place
 from cdd_dask.readers import open_source
@@ -87,11 +88,11 @@ def package_versions() -> dict[str, str]:
 def _look_at_source(address: str) -> dict[str, Any]:
     try:
         source = open_source(address)
-        voxel = source.read((slice(0, 1),) * len(source.shape))
+        content = content_of(source)
     except Exception as error:  # a damaged file makes its reader fail in any way
         return {"source_error": f"{type(error).__name__}: {error}"}
     shape = " × ".join(map(str, source.shape))
-    return {"source": f"{shape} {source.dtype.name}, first voxel {voxel.item():g}"}
+    return {"source": f"{shape} {source.dtype.name}, content {content[:12]}"}
 
 
 def _look_at_device(engine: str, device: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from cdd_dask.readers.versions import file_versions, zarr_versions
 
 SAMPLES = 64
 """Regions of a large source whose content is hashed, at the most; fewer where chunks are large."""
+FEWEST_SAMPLES = 8
+"""Such regions, however large the chunks: two corners, the centre, and others."""
 SAMPLE_SIDE = 16
 """Their side, in voxels."""
 SMALL = 16_000_000
@@ -127,9 +129,8 @@ def source_identity(source: Source) -> dict[str, Any]:
     known: dict[str, Any] = {"shape": source.shape, "dtype": source.dtype.str}
     if source.portable:
         known["address"] = source.address
-    regions = list(_sampled_regions(source))
-    known |= _versions(source, regions)
-    identity: dict[str, Any] = _plain({**known, "content": _content(source, regions)})
+    known |= _versions(source, list(_sampled_regions(source)))
+    identity: dict[str, Any] = _plain({**known, "content": content_of(source)})
     return identity
 
 
@@ -160,9 +161,16 @@ def _versions(source: Source, regions: Sequence[Region]) -> dict[str, Any]:
         ) from error
 
 
-def _content(source: Source, regions: Sequence[Region]) -> str:
+def content_of(source: Source) -> str:
+    """A hash of what a source holds, or of samples of it.
+
+    Raises
+    ------
+    SourceReadError
+        If it cannot be read.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for region in regions:
+    for region in _sampled_regions(source):
         digest.update(np.ascontiguousarray(source.read(region)).tobytes())
     return digest.hexdigest()
 
@@ -179,13 +187,11 @@ def _sampled_regions(source: Source) -> Iterator[Region]:
         return
     rng = np.random.default_rng(0)
     decoded = int(np.prod(source.chunk or (1,), dtype=object)) * source.dtype.itemsize
-    count = max(2, min(SAMPLES, 4 * SMALL // decoded))
-    corners = [tuple(0 for _ in shape), tuple(max(0, n - SAMPLE_SIDE) for n in shape)]
-    at_random = (
-        tuple(int(rng.integers(0, max(1, n - SAMPLE_SIDE + 1))) for n in shape)
-        for _ in range(count - len(corners))
-    )
-    for corner in itertools.chain(corners, at_random):
+    count = max(FEWEST_SAMPLES, min(SAMPLES, 4 * SMALL // decoded))
+    last = tuple(max(0, n - SAMPLE_SIDE) for n in shape)
+    corners = [tuple(0 for _ in shape), last, tuple(n // 2 for n in last)]
+    at_random = (tuple(int(rng.integers(0, n + 1)) for n in last) for _ in itertools.count())
+    for corner in itertools.islice(itertools.chain(corners, at_random), count):
         yield tuple(
             slice(at, min(at + SAMPLE_SIDE, n)) for at, n in zip(corner, shape, strict=True)
         )

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,17 +95,14 @@ class Layout:
         root = store.open_root(address, "w-")
         known = {"format_version": store.FORMAT_VERSION, **self.attributes, "complete": False}
         store.write_attributes(address, root, known)
-        scales = [*itertools.pairwise([0.0, *self.edges]), (self.edges[-1], None)]
-        names = [*map(store.channel_name, range(len(self.edges))), store.RESIDUAL]
-        for name, between in zip(names, scales, strict=True):
-            self._create_output(root, name, between, sharded)
+        for name, known in output_attributes(self.edges, self.attributes["parameters"]).items():
+            self._create_output(root, name, known, sharded)
 
     def _create_output(
-        self, root: zarr.Group, name: str, scales: tuple[float, float | None], sharded: bool
+        self, root: zarr.Group, name: str, known: dict[str, Any], sharded: bool
     ) -> None:
         group, parameters = root.create_group(name), self.attributes["parameters"]
-        unit = parameters["unit"] or ("voxel" if parameters["spacing"] is None else None)
-        group.attrs[store.KEY] = {"scale_from": scales[0], "scale_to": scales[1], "unit": unit}
+        group.attrs[store.KEY] = known
         multiscales = _ome_multiscales(name, self.axes)
         if multiscales is not None:
             group.attrs["ome"] = multiscales
@@ -117,6 +114,18 @@ class Layout:
             array = level.create_array(axis.name, data=coordinates, dimension_names=(axis.name,))
             if axis.unit is not None:
                 array.attrs["units"] = axis.unit
+
+
+def output_attributes(
+    edges: Sequence[float], parameters: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What the group of every output remembers from the start, by its name, finest first."""
+    unit = parameters["unit"] or ("voxel" if parameters["spacing"] is None else None)
+    names = [*map(store.channel_name, range(len(edges))), store.RESIDUAL]
+    return {
+        name: {"scale_from": low, "scale_to": high, "unit": unit}
+        for name, (low, high) in zip(names, itertools.pairwise([0.0, *edges, None]), strict=True)
+    }
 
 
 def difference_of(wanted: dict[str, Any], found: dict[str, Any]) -> str:
@@ -144,8 +153,10 @@ def _is_sound(address: str, key: str, wanted: bytes) -> bool:
         return found is not None
     try:
         known, expected = json.loads(found), json.loads(wanted)
-        if store.KEY in expected["attributes"]:  # which come to be as the run ends
-            expected["attributes"][store.KEY] = dict(known["attributes"][store.KEY])
+        if ours := expected["attributes"].get(store.KEY):
+            held = dict(known["attributes"][store.KEY])
+            if key == ROOT or ours.items() <= held.items():  # more comes to be as the run ends
+                expected["attributes"][store.KEY] = held
         return not difference_of(expected, known)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False

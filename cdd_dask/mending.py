@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask import layout, objects, store
-from cdd_dask.blocks import Grid, Region, pieces, with_halo
+from cdd_dask.cone import cone
 from cdd_dask.errors import BudgetError, CddError
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.identity import change_of
@@ -27,11 +27,12 @@ from cdd_dask.plans import Plan
 from cdd_dask.progress import Progress
 from cdd_dask.readers import Source, read_field
 from cdd_dask.run import Totals, carry_out, prepare_store
+from cdd_dask.seals import seal_of
 from cdd_dask.soundness import Damage, Ledger
 from cdd_dask.statistics import Statistics, difference
 from cdd_dask.task import limited_threads
 from cdd_dask.verification import TOLERANCE, source_of
-from cdd_dask.working import nature_of, uses
+from cdd_dask.working import nature_of
 
 BLOCKS_COMPARED = 8
 """Blocks whose sum shows whether a source is the one that was decomposed."""
@@ -161,17 +162,23 @@ class _Mender:
                 (damage, f"no source to compute it from: {error}") for damage in found
             ]
             return
-        if difference := change_of(self._ledger.attributes["identity"]["source"], opened):
-            self._approximate(opened, found, f"the source is another one, it had {difference}")
-            return
-        differing = self._recompute(opened, found, progress)
         why = "computed again it is not what its run wrote: other versions, or another machine"
+        if difference := change_of(self._ledger.attributes["identity"]["source"], opened):
+            why = f"the source is another one, it had {difference}"
+            if not self._may_be_source(opened, {damage.block for damage in found}):
+                self.impossible += [(damage, why) for damage in found]
+                return
+        # the same values may come as another kind of source: done marks tell
+        differing = self._recompute(opened, found, progress, only_proven=bool(difference))
         self._approximate(opened, differing, why)
 
-    def _recompute(self, source: Source, found: list[Damage], progress: bool) -> list[Damage]:
+    def _recompute(
+        self, source: Source, found: list[Damage], progress: bool, only_proven: bool
+    ) -> list[Damage]:
         """Compute damaged blocks from the source, in a store of their own, and copy them.
 
-        Those that came out otherwise than their run wrote them are given back.
+        Those that came out otherwise than their run wrote them are given back, and if `only_proven`
+        those of which nothing tells.
         """
         plan, known = self._plan_here(), self._ledger.attributes
         wanted: dict[int, set[int]] = defaultdict(set)
@@ -185,9 +192,9 @@ class _Mender:
             run = prepare_store(plan, source, again, known["identity"])
             needed = cone(plan, wanted)
             carry_out(plan, source, again, run, pool, shown, needed, Totals(), nature, self._check)
-            return [damage for damage in found if not self._copied(again, damage)]
+            return [damage for damage in found if not self._copied(again, damage, only_proven)]
 
-    def _copied(self, again: str, damage: Damage) -> bool:
+    def _copied(self, again: str, damage: Damage, only_proven: bool) -> bool:
         """Put a block that was computed again in the place of a damaged one, if it is the same."""
         path, core = store.image_path(damage.output), self._plan.grid.core(damage.block)
         number = self._ledger.writers[damage.output]
@@ -199,6 +206,8 @@ class _Mender:
             there = store.read_block(self._address, path, core)
             if store.checksum(there) != store.checksum(values):
                 return False
+        elif expected is None and only_proven:
+            return False
         else:
             self._write(path, damage.block, values)
         if expected is None:
@@ -230,11 +239,14 @@ class _Mender:
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
-        """A folder beside the store, or where scratch data go."""
+        """A folder beside the store, or where scratch data go; a killed repair's is removed."""
         place = self._scratch
         if place is None:
             place = tempfile.gettempdir() if "://" in self._address else Path(self._address).parent
-        folder = Path(tempfile.mkdtemp(prefix="cdd-dask-repair-", dir=place))
+        prefix = f"cdd-dask-repair-{seal_of(self._address)[:12]}-"  # nobody else repairs this store
+        for left in Path(place).glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
         try:
             yield folder
         finally:
@@ -279,9 +291,13 @@ class _Mender:
 
     def _fits(self, source: Source, damaged: Collection[int]) -> bool:
         """Whether the source is the sum of the outputs in blocks that are not damaged."""
+        return len(damaged) < len(self._plan.grid) and self._may_be_source(source, damaged)
+
+    def _may_be_source(self, source: Source, damaged: Collection[int]) -> bool:
+        """The same, or there are no other blocks."""
         whole = [block for block in range(len(self._plan.grid)) if block not in damaged]
         some = whole[:: max(1, len(whole) // BLOCKS_COMPARED)]
-        return bool(whole) and all(self._sums_up(source, block) for block in some)
+        return all(self._sums_up(source, block) for block in some)
 
     def _sums_up(self, source: Source, block: int) -> bool:
         known = Statistics.of_dict(self._ledger.attributes["source_statistics"])
@@ -304,7 +320,9 @@ class _Mender:
         name, number = damage.output, self._ledger.writers[damage.output]
         mark = self._ledger.marks[number].get(damage.block, Mark(damage.block))
         checksums = {**mark.checksums, store.image_path(name): store.checksum(values)}
-        self._ledger.marks[number][damage.block] = replace(mark, checksums=checksums)
+        exact = {what: one for what, one in mark.statistics.items() if what != name}
+        mark = replace(mark, checksums=checksums, statistics=exact)
+        self._ledger.marks[number][damage.block] = mark
         if held := self._ledger.kept.get(name):
             blocks = sorted({*held.get("approximate_blocks", []), damage.block})
             self._ledger.kept[name] = {**held, "approximate_blocks": blocks}
@@ -321,67 +339,3 @@ class _Mender:
         lost = [damage for damage in self.repaired if damage.key in still]
         self.repaired = [damage for damage in self.repaired if damage.key not in still]
         self.impossible += [(damage, "marks of blocks that are not repaired") for damage in lost]
-
-
-def cone(plan: Plan, wanted: dict[int, set[int]]) -> list[set[int]]:
-    """The blocks of every pass that the `wanted` ones depend on, by number of the pass.
-
-    With halos these are neighbours, further away with every pass; what runs on cells depends on all
-    that comes before in its channel.
-    """
-    passes, grid = plan.passes, plan.grid
-    stages = {stage.number: stage for stage in plan.stages}
-    needed: dict[str, set[int] | None] = {}  # None: all of it
-    blocks: list[set[int]] = [set() for _ in passes]
-
-    def need(name: str, some: set[int] | None) -> None:
-        before = needed.get(name, set())
-        needed[name] = None if some is None or before is None else before | some
-
-    for number in reversed(range(len(passes))):
-        one = passes[number]
-        reads, writes = uses(plan, one)
-        own: set[int] | None = set(wanted.get(number, ()))
-        for name in writes & needed.keys():
-            some = needed[name]
-            own = None if own is None or some is None else own | some
-        blocks[number] = set(range(one.tasks)) if own is None else own
-        if not blocks[number]:
-            continue
-        around: set[int] | None = None
-        if one.kind == "diffuse":
-            stage = stages[one.stages[0]]
-            around = set()
-            for block in blocks[number]:
-                halo = with_halo(
-                    grid.core(block), grid.shape, stage.blank_depth, plan.parameters.boundary
-                )
-                around |= touched_blocks(grid, halo.outer)
-        for name in reads:
-            on_voxels = name.startswith("field")
-            if one.kind == "diffuse":
-                need(name, around)
-            else:
-                need(name, blocks[number] if on_voxels and _by_voxels(one.kind) else None)
-    return blocks
-
-
-def _by_voxels(kind: str) -> bool:
-    return kind in ("gather", "scatter", "relax")
-
-
-def touched_blocks(grid: Grid, region: Region) -> set[int]:
-    """Numbers of the blocks that a region touches, which may run beyond the volume.
-
-    Examples
-    --------
-    >>> sorted(touched_blocks(Grid((10, 4), (4, 4)), (slice(-1, 5), slice(0, 4))))
-    [0, 1, 2]
-    """
-    along = [
-        sorted({source.start // b for _, source in pieces(s.start, s.stop, n, b)})
-        for s, n, b in zip(region, grid.shape, grid.block, strict=True)
-    ]
-    mesh = np.meshgrid(*along, indexing="ij")
-    numbers = np.ravel_multi_index([axis.ravel() for axis in mesh], grid.counts)
-    return set(map(int, numbers))

@@ -74,7 +74,7 @@ def _choose(drafts: list[Draft], block: tuple[int, ...] | None) -> tuple[Draft, 
     best: tuple[float, Draft, Grid] | None = None
     smallest: tuple[int, Draft, Grid] | None = None
     for draft in drafts:
-        for grid in draft.grids() if block is None else [draft.check(block)]:
+        for grid in draft.grids() if block is None else [draft.volume.grid(block)]:
             if draft.fits(grid):
                 seconds = draft.seconds(grid)
                 if best is None or seconds < best[0]:

@@ -41,6 +41,23 @@ class Volume:
     has_nan: bool = True
     """Whether the source's type has NaN, so that voxels can be blank."""
 
+    def grid(self, block: tuple[int, ...]) -> Grid:
+        """The blocks of a core that the user gives, clipped to the volume.
+
+        Raises
+        ------
+        InputError
+            If it has not the volume's axes, or is not positive along all of them.
+        """
+        if len(block) != len(self.shape):
+            raise InputError(
+                f"block={block} has {len(block)} axes, the volume of shape {self.shape} has "
+                f"{len(self.shape)}"
+            )
+        if min(block) < 1:
+            raise InputError(f"block={block} must be positive along every axis")
+        return Grid(self.shape, tuple(min(b, n) for b, n in zip(block, self.shape, strict=True)))
+
     def may_be_masked(self, parameters: Parameters) -> bool:
         """Whether there may be blank voxels that take no part."""
         return parameters.nan == "mask" and self.has_nan

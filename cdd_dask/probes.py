@@ -15,6 +15,10 @@ from cdd_dask.objects import read_object, remove_object, write_object
 from cdd_dask.store import is_our_store
 
 ZARR_METADATA = ("zarr.json", ".zgroup", ".zarray")
+PREFIX = ".cdd-dask-probe-"
+"""How names of probes begin."""
+SECONDS_TO_LIVE = 3600.0
+"""Age of a probe that its maker has surely forgotten."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def probe_for(address: str) -> Probe:
     but one of ours.
     """
     token = uuid.uuid4().hex
-    return Probe(_nearest(address), f".cdd-dask-probe-{token[:12]}", token)
+    return Probe(_nearest(address), f"{PREFIX}{token[:12]}", token)
 
 
 def _nearest(address: str) -> str:
@@ -67,12 +71,23 @@ def _is_foreign(folder: Path) -> bool:
 @contextmanager
 def placed(probe: Probe) -> Iterator[None]:
     """Have the probe where it belongs, for others to find."""
+    _remove_old(probe.at)
     write_object(probe.at, probe.name, probe.token.encode())
     try:
         yield
     finally:
         with suppress(Exception):  # `try_place` tells whether deleting works
             remove_object(probe.at, probe.name)
+
+
+def _remove_old(at: str) -> None:
+    """Delete probes that killed processes have left in a folder."""
+    if "://" in at:
+        return
+    for path in Path(at).glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another one has deleted it, or may do so
+            if time.time() - path.stat().st_mtime > SECONDS_TO_LIVE:
+                path.unlink()
 
 
 def try_place(probe: Probe) -> Access:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cdd_dask import store
 from cdd_dask.attributes import check_root
 from cdd_dask.blocks import Grid
+from cdd_dask.cone import Needs, reads_of
 from cdd_dask.errors import (
     BudgetError,
+    DamagedError,
     DifferentRunError,
     InputError,
     OutputAccessError,
@@ -23,6 +26,11 @@ from cdd_dask.plans import Pass, Plan, Resources, Volume
 from cdd_dask.seals import is_sealed
 from cdd_dask.statistics import Statistics
 from cdd_dask.working import Nature, geometry, nature_of, outputs, snapshots_of, uses
+
+SECONDS_TO_SYNC = 300.0
+"""Time after which systems have surely brought to their disks what was written."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Begun:
         plan = Plan.of_dict(self.attributes["plan"], resources)
         wanted = identity_of(replace(plan, parameters=parameters), source)
         if block is not None:
-            wanted["block"] = [min(b, n) for b, n in zip(block, volume.shape, strict=False)]
+            wanted["block"] = list(volume.grid(block).block)
         check_same(begun, wanted, self.address)
         if scratch is not None:
             check_same({"scratch": self.scratch}, {"scratch": scratch.rstrip("/")}, self.address)
@@ -123,33 +131,51 @@ def find_begun(address: str) -> Begun | None:
     return None if attributes is None else Begun(address, attributes)
 
 
+def check_shards(plan: Plan, address: str) -> None:
+    """Refuse a finished output that lacks blocks; whether they are sound `verify` tells.
+
+    Raises
+    ------
+    DamagedError
+        If any are gone.
+    """
+    everything = set(range(len(plan.edges) + 1))
+    if lost := _lost_outputs(plan, address, everything, set(range(len(plan.grid)))):
+        raise DamagedError(
+            f"out={address} was finished, but lacks {len(lost)} of {len(plan.grid)} blocks: "
+            "`cdd-dask verify` lists all damage, `cdd-dask repair` mends it"
+        )
+
+
 def unfinished(plan: Plan, address: str, attributes: dict[str, Any]) -> list[set[int]]:
     """The blocks that are left of every pass.
 
-    Those without a done mark, and those whose arrays are gone though something that is left
-    needs them; seen from the last pass to the first, for arrays are only read by later ones.
+    Those without a done mark, those whose outputs are gone or, of what was written last, not what
+    their marks say, and those whose part of a working array is gone though something that is left
+    needs it; seen from the last pass to the first, for arrays are only read by later ones.
     """
     fingerprint, work = attributes["fingerprint"], attributes["scratch"] or address
     passes = plan.passes
-    nature = nature_of(plan, _source_statistics(read_marks(address, fingerprint, 0)))
-    needed: set[str] = set()
+    marks = [read_marks(address, fingerprint, number) for number in range(len(passes))]
+    nature = nature_of(plan, _source_statistics(marks[0]))
+    torn = _torn_outputs(plan, address, marks)
+    needs = Needs()
     left: list[set[int]] = []
     for number in reversed(range(len(passes))):
-        one, done = passes[number], set(read_marks(address, fingerprint, number))
-        reads, writes = uses(plan, one)
+        one, done = passes[number], set(marks[number])
+        _, writes = uses(plan, one)
         missing = set(range(one.tasks)) - done
         lost: set[int] = set()
         if done:
-            lost = _lost_outputs(plan, address, outputs(plan, one), done)
-            for name in writes & needed:
+            lost = torn[number] | _lost_outputs(plan, address, outputs(plan, one), done)
+            for name in writes:
                 grid = geometry(plan, name, nature)
-                if grid is not None:
-                    lost |= _lost_blocks(plan, work, name, grid, done, one, nature)
+                if grid is not None and (some := needs.among({name}, done)):
+                    lost |= some & _lost_blocks(plan, work, name, grid, done, one, nature)
         if lost:
             drop_marks(address, fingerprint, number, lost)
         left.append(missing | lost)
-        if left[-1]:
-            needed |= reads
+        needs.add(reads_of(plan, one, left[-1]))
     return left[::-1]
 
 
@@ -166,10 +192,43 @@ def _source_statistics(marks: dict[int, Mark]) -> Statistics | None:
 def _lost_outputs(plan: Plan, address: str, written: set[int], done: set[int]) -> set[int]:
     """Blocks that are done but lack a shard of an output."""
     lost: set[int] = set()
-    for k in written:
-        name = store.RESIDUAL if k == len(plan.edges) else store.channel_name(k)
-        lost |= store.lacking(address, store.image_path(name), plan.grid, done)
+    for path in _image_paths(plan, written):
+        lost |= store.lacking(address, path, plan.grid, done)
     return lost
+
+
+def _image_paths(plan: Plan, written: set[int]) -> list[str]:
+    """Where outputs lie that a pass writes, given by their numbers."""
+    names = [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
+    return [store.image_path(names[k]) for k in sorted(written)]
+
+
+def _torn_outputs(plan: Plan, address: str, marks: list[dict[int, Mark]]) -> list[set[int]]:
+    """Blocks of every pass with an output that was written last and is not what its mark says.
+
+    A machine that is lost takes with it what it has not brought to its disk, and no later pass
+    reads an output. Objects at URLs come to be whole.
+    """
+    torn: list[set[int]] = [set() for _ in marks]
+    written = [
+        (store.write_time(address, path, plan.grid.index(block)), number, path, block)
+        for number, one in enumerate(plan.passes)
+        for path in _image_paths(plan, outputs(plan, one))
+        for block in marks[number]
+    ]
+    newest = max((one[0] for one in written), default=0.0)
+    late = [one for one in written if one[0] > max(newest - SECONDS_TO_SYNC, 0.0)]
+    if late:
+        log.info("checking the %d shards that were written last", len(late))
+    for _, number, path, block in late:
+        try:
+            values = store.read_block(address, path, plan.grid.core(block))
+        except Exception:  # a damaged shard makes Zarr fail in any way
+            torn[number].add(block)
+            continue
+        if store.checksum(values) != marks[number][block].checksums.get(path):
+            torn[number].add(block)
+    return torn
 
 
 def _lost_blocks(

@@ -15,15 +15,19 @@ from cdd_dask import layout, store
 from cdd_dask.errors import AGAIN, CddError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
-from cdd_dask.identity import fingerprint_of
+from cdd_dask.identity import difference_of, fingerprint_of, source_identity
 from cdd_dask.marks import (
+    FOLDER,
     Mark,
     are_gathered,
+    drop_marks,
     gather_marks,
+    pass_path,
     read_marks,
     remove_marks,
     start_marks,
 )
+from cdd_dask.objects import has_object, names_in
 from cdd_dask.plans import Pass, Plan, Stage
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, locate_bad_value
@@ -31,7 +35,7 @@ from cdd_dask.regimes import regime_error
 from cdd_dask.resuming import unfinished
 from cdd_dask.statistics import Statistics
 from cdd_dask.task import Task, describe_task, run_task
-from cdd_dask.working import Nature, geometry, nature_of, outputs, uses
+from cdd_dask.working import Nature, geometry, nature_of, outputs, reads_source, uses
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +65,7 @@ def prepare_store(
     }
     layout.Layout(plan.grid, plan.edges, _axes(plan, source), attributes).create(address)
     if scratch:  # which a run that goes on makes if it is not there
-        store.take_scratch(attributes["scratch"], run)
+        store.take_scratch(attributes["scratch"], run, address)
     return run
 
 
@@ -77,7 +81,7 @@ def go_on_with_store(plan: Plan, source: Source, address: str) -> str:
     root = store.open_root(address, "r+")
     scratch = attributes["scratch"]
     if scratch:
-        store.take_scratch(scratch, run)
+        store.take_scratch(scratch, run, address)
     here = _how_it_runs(plan, source)
     if others := _differences(attributes.get("versions"), here["versions"]):
         log.warning("going on with other versions, blocks may differ in the last bits: %s", others)
@@ -161,9 +165,20 @@ def execute(
         if done:
             log.info("going on: %d of %d blocks are done", done, plan.tasks)
         totals = Totals()
-        carry_out(plan, source, address, run, executor, progress, left, totals, check=check)
+
+        def unchanged(number: int) -> None:
+            if change := _source_change(address, attributes, source):
+                drop_marks(address, attributes["fingerprint"], number, left[number])
+                raise RunError(
+                    f"the run stopped, for {source.description} was written while blocks of it "
+                    f"were read: it had {change}. Start anew when it stays as it is, with "
+                    "overwrite=True (--overwrite)"
+                )
+
+        todo = (plan, source, address, run, executor, progress, left, totals)
+        carry_out(*todo, check=check, unchanged=unchanged)
         known, outcome = outcome_of(plan, totals)
-        store.finish_store(address, run, known, outcome)
+        store.finish_store(address, run, known, {**attributes, **outcome})
         clean_up(plan, address, run)
     except (OSError, StoreError) as error:
         if isinstance(error, CddError) and not isinstance(error, StoreError):
@@ -175,21 +190,53 @@ def execute(
         ) from error
 
 
+def _source_change(address: str, attributes: dict[str, Any], source: Source) -> str:
+    """What of a source is not as it was when its run began; "" if nothing is."""
+    if not store.on_disk(address):  # nobody goes on with it
+        return ""
+    known, found = attributes["identity"]["source"], source_identity(source)
+    return difference_of({"source": known}, {"source": found})
+
+
 def clean_up(plan: Plan, address: str, run: str) -> None:
-    """Remove what a complete store does not need: only now, for a run that goes on needs it."""
-    for number, one in enumerate(plan.passes):
-        if not outputs(plan, one):
+    """Remove what a complete store does not need: only now, for a run that goes on needs it.
+
+    What cannot be removed does no harm; the same call of `decompose` tries again.
+    """
+    try:
+        for number in _passes_without_outputs(plan):
             remove_marks(address, number)
-    store.remove_partial(address)
-    store.remove_work(address, run)
-    scratch = store.scratch_of(address, run)
-    if scratch:
-        store.remove_scratch(scratch, run)
+        store.remove_partial(address)
+        store.remove_work(address, run)
+        scratch = store.scratch_of(address, run)
+        if scratch and has_object(scratch, layout.ROOT):
+            store.remove_scratch(scratch, run)
+    except (OSError, StoreError) as error:
+        log.warning(
+            "%s is complete, but what it does not need any more could not be removed: %s",
+            address,
+            error,
+        )
+
+
+def has_leftovers(plan: Plan, address: str, scratch: str | None) -> bool:
+    """Whether a complete store has what `clean_up` removes: that was stopped, or failed."""
+    marked = {*names_in(address, FOLDER)}
+    passes = {pass_path(number).rpartition("/")[2] for number in _passes_without_outputs(plan)}
+    return bool(
+        marked & passes
+        or names_in(address, store.WORK)
+        or (scratch and has_object(scratch, layout.ROOT))
+    )
+
+
+def _passes_without_outputs(plan: Plan) -> list[int]:
+    return [number for number, one in enumerate(plan.passes) if not outputs(plan, one)]
 
 
 def outcome_of(plan: Plan, totals: Totals) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """What the attributes of every output say of it when all is done, and those of the root."""
-    names = [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
+    """What the attributes of every output say when all is done, and what the root's say more."""
+    first = layout.output_attributes(plan.edges, plan.parameters.as_dict())
     whole = totals.statistics["source"]
     nature = nature_of(plan, whole)
     outcome = {
@@ -197,7 +244,10 @@ def outcome_of(plan: Plan, totals: Totals) -> tuple[dict[str, dict[str, Any]], d
         "error": _error_kind(nature, {stage.error for stage in plan.stages}),
         "blocks": {"computed": totals.computed, "empty": totals.empty},
     }
-    known = {name: {"statistics": totals.statistics[name].as_dict()} for name in names}
+    known = {
+        name: {**held, "statistics": totals.statistics[name].as_dict()}
+        for name, held in first.items()
+    }
     for stage in plan.stages:
         if stage.channel is not None:
             known[store.channel_name(stage.channel)] |= _how(plan, stage, nature)
@@ -215,10 +265,13 @@ def carry_out(
     totals: Totals,
     nature: Nature | None = None,
     check: Callable[[], None] = lambda: None,
+    unchanged: Callable[[int], None] = lambda number: None,
 ) -> None:
     """Run the blocks that are `left` of every pass, and add up what is known of all that are done.
 
-    The `nature` of the source is what the first pass finds, unless it is given.
+    The `nature` of the source is what the first pass finds, unless it is given. When blocks of a
+    pass have read the source, `unchanged` is called with its number: it raises where the source
+    is not what it was.
     """
     fingerprint = store.attributes_of(address, run)["fingerprint"]
     arrays = WorkArrays(plan, address, run)
@@ -232,6 +285,8 @@ def carry_out(
             start_marks(address, number)
             blocks = sorted(left[number])
             marks |= _run_pass(plan, source, batch, blocks, executor, progress, check)
+            if reads_source(plan, one):
+                unchanged(number)
         # also those of a run that was stopped after the last block
         if marks and not are_gathered(address, fingerprint, number, marks):
             gather_marks(address, fingerprint, number, marks.values())

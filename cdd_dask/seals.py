@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, TypeGuard
 
 SEAL = "seal"
 
@@ -27,7 +27,7 @@ def sealed(values: dict[str, Any]) -> dict[str, Any]:
     return {**plain, SEAL: seal_of(plain)}
 
 
-def is_sealed(values: Any) -> bool:
+def is_sealed(values: Any) -> TypeGuard[dict[str, Any]]:
     """Whether values are as they were when they were sealed.
 
     Examples

@@ -27,7 +27,9 @@ from cdd_dask.marks import (
     read_marks,
 )
 from cdd_dask.plans import Plan
-from cdd_dask.seals import is_sealed
+from cdd_dask.run import Totals, outcome_of
+from cdd_dask.seals import is_sealed, sealed
+from cdd_dask.statistics import Statistics
 from cdd_dask.working import outputs
 
 
@@ -60,7 +62,8 @@ class Ledger:
     address: str
     kept: dict[str, dict[str, Any]]
     """Attributes as the run left them, by the name of the output's group, the root's by ``""``; an
-    output whose attributes and their copy are both damaged has none."""
+    output whose attributes and their copy are both damaged, and which the marks do not tell, has
+    none."""
 
     @classmethod
     def of(cls, address: str) -> Ledger:
@@ -95,11 +98,34 @@ class Ledger:
             raise problem or StoreError(f"{address} is not complete")
         check_root(address, attributes)
         kept = {"": attributes}
-        for name in output_names(len(attributes["edges"])):
-            found = _attributes(address, name)
-            if name in copies or is_sealed(found):
-                kept[name] = copies.get(name) or found
-        return cls(address, kept)
+        expected = layout.output_attributes(attributes["edges"], attributes["parameters"])
+        for name, first in expected.items():
+            for held in (_attributes(address, name), copies.get(name)):
+                if is_sealed(held) and first.items() <= held.items():
+                    kept[name] = held
+        ledger = cls(address, kept)
+        return cls(address, {**ledger._made_again(), **kept})
+
+    def _made_again(self) -> dict[str, dict[str, Any]]:
+        """Attributes of outputs that are lost: they follow from the plan and the done marks."""
+        lost = [name for name in self.names if name not in self.kept and self._has_statistics(name)]
+        if not lost:
+            return {}
+        totals = Totals()
+        for marks in self.marks.values():
+            for block in sorted(marks):  # in the order of the run, so that sums have the same bits
+                totals.add(marks[block])
+        of_source = Statistics.of_dict(self.attributes["source_statistics"])
+        # the marks may lack those of outputs that are not asked for
+        totals.statistics = dict.fromkeys(self.names, of_source) | totals.statistics
+        totals.statistics["source"] = of_source
+        known, _ = outcome_of(self.plan, totals)
+        return {name: sealed(known[name]) for name in lost}
+
+    def _has_statistics(self, output: str) -> bool:
+        """Whether the marks hold statistics of every block: of approximate ones they do not."""
+        marks = self.marks[self.writers[output]].values()
+        return len(marks) == len(self.plan.grid) and all(output in one.statistics for one in marks)
 
     @property
     def attributes(self) -> dict[str, Any]:

@@ -117,18 +117,14 @@ def remove_store(path: Path) -> None:
     scratch = known.get("scratch")
     if isinstance(scratch, str) and SCRATCH_NAME.fullmatch(scratch.rpartition("/")[2]):
         with suppress(OSError, ValueError, ImportError):  # it is gone, or no store of that run
-            remove_scratch(scratch, known.get("run", ""))
+            held = (read_attributes(scratch, "") or {}).get(KEY, {})
+            if held.get("output") == str(path):  # and not of the store that this is a copy of
+                remove_scratch(scratch, known.get("run", ""))
     if known.get("complete"):  # it no longer is, should this be stopped halfway
         whole = sealed({**known, "complete": False})
         keep_copy(str(path), {**read_copy(str(path)), "": whole})
         write_group(str(path), "", {KEY: whole})
-    # what makes it a store goes last: until then the rest can be deleted again
-    for name in sorted(path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
-        if name.name == lease.GROUP:
-            continue
-        shutil.rmtree(name) if name.is_dir() and not name.is_symlink() else name.unlink()
-    with suppress(OSError):
-        path.rmdir()
+    _remove_folder(path, keep=lease.GROUP)
 
 
 def create_field(
@@ -186,12 +182,12 @@ def attributes_of(address: str, run: str) -> dict[str, Any]:
     return dict(attributes)
 
 
-def take_scratch(address: str, run: str) -> None:
-    """Make a store of working arrays this run's; it is made anew if it is gone."""
+def take_scratch(address: str, run: str, output: str) -> None:
+    """Make a store of working arrays this run's, for `output`; it is made anew if it is gone."""
     if "://" not in address and not Path(address).parent.is_dir():  # never made: who named it?
         raise OutputAccessError(f"scratch={Path(address).parent} is no folder: make it first")
     root = open_root(address, "a")
-    root.attrs[KEY] = {"format_version": FORMAT_VERSION, "run": run}
+    root.attrs[KEY] = {"format_version": FORMAT_VERSION, "run": run, "output": output}
 
 
 def scratch_of(address: str, run: str) -> str | None:
@@ -204,9 +200,22 @@ def remove_scratch(address: str, run: str) -> None:
     """Delete the store of a run's working arrays."""
     root_of_run(address, run, "r+")
     if "://" not in address:
-        shutil.rmtree(address)
+        _remove_folder(Path(address))
     else:
         remove_objects(address, "")
+
+
+def _remove_folder(path: Path, *, keep: str = "") -> None:
+    """Delete a store on a disk but what is called `keep`, and the folder if nothing is left.
+
+    What makes it a store goes last: until then the rest can be deleted again.
+    """
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
+        if entry.name == keep:
+            continue
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    with suppress(OSError):
+        path.rmdir()
 
 
 def remove_partial(address: str) -> None:
@@ -425,14 +434,9 @@ def _open_array(address: str, path: str, mode: str = "r") -> zarr.Array[Any]:
 def finish_store(
     address: str, run: str, outputs: dict[str, dict[str, Any]], attributes: dict[str, Any]
 ) -> None:
-    """Write what is known of every output, then `attributes`, and last that it is complete."""
+    """Write all that is known of every output, then that of the root: that it is complete."""
     root = root_of_run(address, run, "r+")
-    groups = {name: {**_held(root[name]), **known} for name, known in outputs.items()}
-    write_attributes(address, root, {**_held(root), **attributes, "complete": True}, groups)
-
-
-def _held(group: Any) -> dict[str, Any]:
-    return dict(group.attrs[KEY])
+    write_attributes(address, root, {**attributes, "complete": True}, outputs)
 
 
 def write_attributes(
@@ -457,6 +461,16 @@ def lacking(address: str, path: str, grid: Grid, blocks: Collection[int]) -> set
     """Those of some blocks, a shard each, that an array lacks."""
     missing = missing_shards(_open_array(address, path))
     return {block for block in blocks if grid.index(block) in missing}
+
+
+def write_time(address: str, path: str, place: tuple[int, ...]) -> float:
+    """When a shard on a disk was written, in seconds since the epoch; 0 if it is not on one."""
+    if "://" in address or not on_disk(address):
+        return 0.0
+    try:
+        return Path(address, path, "c", *map(str, place)).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def missing_shards(array: zarr.Array[Any]) -> set[tuple[int, ...]]:

@@ -132,6 +132,11 @@ def uses(plan: Plan, one: Pass) -> tuple[set[str], set[str]]:
     return reads, {means_name(k, one.number + 1), part_name(k, one.number)}
 
 
+def reads_source(plan: Plan, one: Pass) -> bool:
+    """Whether the tasks of a pass read the source itself."""
+    return one.kind == "copy" or (one.stages[0] == 1 and not plan.copy_in)
+
+
 def outputs(plan: Plan, one: Pass) -> set[int]:
     """Numbers of the channels that a pass writes; of the residual the number of channels."""
     stages = {stage.number: stage for stage in plan.stages}

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import zarr
 
 import cdd_dask
-from cdd_dask import lease, run, store
+from cdd_dask import identity, lease, mending, run, store
 from cdd_dask.errors import DamagedError, LeaseError, StoreError, VerificationError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -124,9 +125,9 @@ def test_a_source_that_is_gone(tmp_path: Path):
 def test_a_source_that_is_the_same_to_rounding(made: Path, halos: Path, tmp_path: Path):
     """The block is made of it and the other outputs, to 4 units in the last place, and marked."""
     field = np.load(halos.parent / "field.npy")
-    np.save(tmp_path / "double.npy", field.astype("float64"))
+    np.save(tmp_path / "near.npy", np.nextafter(field, np.float32(np.inf)))
     shard(made, "channel_01", 1, 1).unlink()
-    done = cdd_dask.repair(made, tmp_path / "double.npy", progress=False)
+    done = cdd_dask.repair(made, tmp_path / "near.npy", progress=False)
     assert [what.block for what, _ in done.approximate] == [4]
     assert not done.repaired
     assert not done.impossible
@@ -144,9 +145,122 @@ def test_a_source_that_is_the_same_to_rounding(made: Path, halos: Path, tmp_path
     # two outputs of a block cannot be told apart by their sum
     shard(made, "channel_00", 0, 0).unlink()
     shard(made, "residual", 0, 0).unlink()
-    done = cdd_dask.repair(made, tmp_path / "double.npy", progress=False)
+    done = cdd_dask.repair(made, tmp_path / "near.npy", progress=False)
     assert [what.output for what, _ in done.impossible] == ["channel_00", "residual"]
     assert "several outputs of the block" in str(done)
+
+
+def test_the_same_values_of_another_kind_of_source(
+    made: Path, halos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Done marks prove what they give, whatever the source's identity says."""
+    monkeypatch.setattr(identity, "SMALL", 100)  # an array is hashed whole, a file in samples
+    field = np.load(halos.parent / "field.npy")
+    for given in (field, field.astype("float64")):
+        for output in ("channel_01", "residual"):
+            shard(made, output, 1, 1).unlink()
+        done = cdd_dask.repair(made, given, progress=False)
+        assert len(done.repaired) == 2
+        assert not done.approximate
+        assert damage.same(damage.files_of(halos), damage.files_of(made))
+
+
+# what is lost twice, and what is stopped
+
+
+def lose_attributes(path: Path, output: str) -> None:
+    """Edit the attributes of an output's group and their copy."""
+
+    def change(document: Any) -> None:
+        held = document["attributes"]["cdd_dask"]
+        held.get(output, held)["scale_from"] = 77.0
+
+    for name in (output, "done"):
+        edited(path / name / "zarr.json", change)
+
+
+@pytest.mark.parametrize("output", ["channel_01", "residual"])
+def test_attributes_that_are_lost_twice_are_made_again(output: str, made: Path, halos: Path):
+    """Of the plan and of the statistics in the done marks, to the byte."""
+    lose_attributes(made, output)
+    with pytest.raises(VerificationError, match=f"in 2 places:(\n.*)*{output}/zarr.json"):
+        cdd_dask.verify(made, progress=False)
+    assert len(cdd_dask.repair(made, progress=False).repaired) == 2
+    assert damage.files_of(halos) == damage.files_of(made)
+
+
+def test_attributes_that_tell_of_approximate_blocks_are_not(
+    made: Path, halos: Path, tmp_path: Path
+):
+    """Nothing else tells of those: it is said once that they are lost."""
+    field = np.load(halos.parent / "field.npy")
+    np.save(tmp_path / "near.npy", np.nextafter(field, np.float32(np.inf)))
+    shard(made, "channel_01", 1, 1).unlink()
+    assert cdd_dask.repair(made, tmp_path / "near.npy", progress=False).approximate
+    lose_attributes(made, "channel_01")
+    before = (made / "channel_01" / "zarr.json").read_bytes()
+    done = cdd_dask.repair(made, progress=False)
+    assert [what.output for what, _ in done.impossible] == ["channel_01"]
+    assert "its statistics are lost" in str(done)
+    assert (made / "channel_01" / "zarr.json").read_bytes() == before
+
+
+def test_a_repair_that_is_stopped_proves_nothing(
+    made: Path, halos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between attributes and marks: an approximate block is damaged until both are there."""
+    field = np.load(halos.parent / "field.npy")
+    np.save(tmp_path / "near.npy", np.nextafter(field, np.float32(np.inf)))
+    shard(made, "channel_01", 1, 1).unlink()
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mending, "gather_marks", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            cdd_dask.repair(made, tmp_path / "near.npy", progress=False)
+    with pytest.raises(VerificationError, match=r"channel_01, block 4.*is not what its run wrote"):
+        cdd_dask.verify(made, progress=False)
+    assert cdd_dask.repair(made, progress=False).repaired  # of the source itself, to the bit
+    whole, mended = map(cdd_dask.open_decomposition, (halos, made))
+    for one, other in zip(whole.channels, mended.channels, strict=True):
+        assert np.array_equal(one[...], other[...])
+
+
+def test_a_block_that_lacks_only_its_mark_stays(made: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where this machine computes it otherwise: the sum says that it is right."""
+    last = sorted((made / "done").glob("pass_*"))[-1]
+
+    def change(document: Any) -> None:
+        held = document["attributes"]["cdd_dask"]
+        held["marks"] = [mark for mark in held["marks"] if mark[0] != 4]
+
+    for path in (last / "zarr.json", last / "copy" / "zarr.json"):
+        edited(path, change)
+    before = shard(made, "residual", 1, 1).read_bytes()
+    statistics = store.write_block
+
+    def otherwise(address: str, path: str, core: Any, values: Any) -> None:
+        statistics(address, path, core, values * np.float32(1 + 1e-6))
+
+    monkeypatch.setattr(store, "write_block", otherwise)
+    done = cdd_dask.repair(made, progress=False)
+    assert {what.block for what, _ in done.approximate} == {4}
+    assert "kept as it is" in str(done)
+    assert shard(made, "residual", 1, 1).read_bytes() == before
+
+
+def test_what_a_killed_repair_left_goes(made: Path):
+    """It computes in a folder beside the store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mending, "shutil", SimpleNamespace(rmtree=lambda path, **_: None))
+        shard(made, "residual", 1, 1).unlink()
+        assert cdd_dask.repair(made, progress=False).repaired
+    assert [*made.parent.glob("cdd-dask-repair-*")]
+    shard(made, "residual", 1, 1).unlink()
+    assert cdd_dask.repair(made, progress=False).repaired
+    assert not [*made.parent.glob("cdd-dask-repair-*")]
 
 
 def test_another_source_mends_nothing(made: Path, halos: Path, tmp_path: Path):

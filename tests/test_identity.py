@@ -79,6 +79,7 @@ def _systems(monkeypatch: pytest.MonkeyPatch) -> None:
         fsspec.register_implementation(system.protocol, system, clobber=True)
     monkeypatch.setattr(identity, "SMALL", 1000)
     monkeypatch.setattr(identity, "SAMPLES", 2)
+    monkeypatch.setattr(identity, "FEWEST_SAMPLES", 2)
     monkeypatch.setattr(faults, "FIRST_WAIT", 0.0)
 
 

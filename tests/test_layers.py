@@ -23,7 +23,7 @@ LAYERS = (
         "closure",
     ),
     ("engines",),
-    ("blocks", "memory", "regimes", "plans", "drafts", "planner", "working"),
+    ("blocks", "memory", "regimes", "plans", "drafts", "planner", "working", "cone"),
     (
         "readers",
         "store",

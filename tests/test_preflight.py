@@ -149,7 +149,7 @@ def test_unreadable_source(find: Find, source: Source):
 @APART
 def test_another_source_at_the_same_path(find: Find, monkeypatch: pytest.MonkeyPatch):
     """A file of the same name on a disk of the worker's own is not the client's."""
-    seen = {"source": "20 × 24 float32, first voxel 0"}
+    seen = {"source": "20 × 24 float32, content 0"}
     monkeypatch.setattr(facts, "_look_at_source", lambda address: seen)
     result = find()
     failed = found(result, "source", "failed")

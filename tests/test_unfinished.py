@@ -1,0 +1,262 @@
+"""What happens to an unfinished output, or to its source, is found when its run goes on or ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+import cdd_dask
+from cdd_dask import run, store
+from cdd_dask.errors import DamagedError, DifferentRunError, InputError, RunError
+
+OPTIONS: dict[str, Any] = {
+    **{"max_scale": 4, "e_rel": 0.3, "rtol": 1e-2, "block": 16},
+    **{"engine": "reference", "progress": False},
+}
+FIELD = np.random.default_rng(0).lognormal(size=(48, 40)).astype("float32")
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a run at once."""
+
+
+@pytest.fixture
+def before_task(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], list[Any]]:
+    """Have something done before a task, given by how many came before; tells of the tasks."""
+
+    def plant(count: int, what: Callable[[], None]) -> list[Any]:
+        executed: list[Any] = []
+        done: list[bool] = []
+        original = run_task
+
+        def task(one: Any) -> Any:
+            if len(executed) == count and not done:
+                done.append(True)
+                what()
+            executed.append((one.number, one.block))
+            return original(one)
+
+        monkeypatch.setattr(run, "run_task", task)
+        return executed
+
+    run_task = run.run_task
+    return plant
+
+
+def stop() -> None:
+    raise Stopped
+
+
+def outputs_of(path: Path) -> list[Any]:
+    result = cdd_dask.open_decomposition(path)
+    return [part[...] for part in (*result.channels, result.residual)]
+
+
+def assert_whole(out: Path, source: Any) -> None:
+    """It is what an undisturbed run makes of the source."""
+    cdd_dask.verify(out, source, progress=False)
+    whole = cdd_dask.decompose(source, **OPTIONS)
+    for one, other in zip((*whole.channels, whole.residual), outputs_of(out), strict=True):
+        assert np.array_equal(one[...], other)
+
+
+@pytest.fixture(params=["npy", "zarr", "array"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Of every kind: copied first, read in place, and in memory."""
+    if request.param == "array":
+        return FIELD.copy()
+    path = tmp_path / f"field.{request.param}"
+    if request.param == "npy":
+        np.save(path, FIELD)
+    else:
+        zarr.create_array(path, data=FIELD, chunks=(16, 16))
+    return path
+
+
+def write(source: Any, value: float) -> None:
+    """Have the source hold another value somewhere."""
+    if isinstance(source, np.ndarray):
+        source[17, 3] = value
+    elif source.suffix == ".zarr":
+        zarr.open_array(source)[17, 3] = value
+    else:
+        field = np.load(source)
+        field[17, 3] = value
+        np.save(source, field)
+
+
+def test_a_source_that_changes_while_it_is_read(source: Any, before_task: Any, tmp_path: Path):
+    """The run says what did, and forgets the blocks that may be of either."""
+    out = tmp_path / "out.zarr"
+    executed = before_task(4, lambda: write(source, 7.0))
+    message = r"was written while .* read: it had source (bytes|modified|content|versions)=.*now"
+    with pytest.raises(RunError, match=message):
+        cdd_dask.decompose(source, out, **OPTIONS)
+    passes = {number for number, _ in executed}
+    assert passes == {0}
+    with pytest.raises(DifferentRunError, match="source"):
+        cdd_dask.decompose(source, out, **OPTIONS)
+    if isinstance(source, np.ndarray):  # which can become again what it was
+        write(source, FIELD[17, 3])
+        cdd_dask.decompose(source, out, **OPTIONS)
+        assert set(executed[9:18]) == set(executed[:9])
+    cdd_dask.decompose(source, out, **OPTIONS, overwrite=True)
+    assert_whole(out, source)
+
+
+def test_a_source_may_change_that_is_not_read_any_more(before_task: Any, tmp_path: Path):
+    """The working copy is what counts then."""
+    source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
+    np.save(source, FIELD)
+    before_task(12, lambda: write(source, 7.0))
+    cdd_dask.decompose(source, out, **OPTIONS)
+    np.save(source, FIELD)
+    assert_whole(out, source)
+
+
+@pytest.mark.parametrize("how", ["truncated", "another block's", "zeros"])
+def test_what_a_lost_machine_has_not_written_is_made_again(
+    how: str, before_task: Any, tmp_path: Path
+):
+    """Though it is marked as done, and no later pass reads it."""
+    source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
+    np.save(source, FIELD)
+    executed = before_task(21, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **OPTIONS)
+    shards = out / "channel_00/scale0/image/c"
+    data = (shards / "1/1").read_bytes()
+    others = {"truncated": data[:-30], "zeros": bytes(len(data))}
+    (shards / "1/1").write_bytes(others.get(how, (shards / "0/1").read_bytes()))
+    cdd_dask.decompose(source, out, **OPTIONS)
+    again = {key for key in executed if executed.count(key) == 2}
+    assert (1, 4) in again
+    assert {number for number, _ in again} <= {0, 1}  # the copied field was gone by then
+    assert_whole(out, source)
+
+
+def test_what_was_written_long_before_is_not_read_again(
+    before_task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """A run over days need not read all that it has written whenever it goes on."""
+    source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
+    np.save(source, FIELD)
+    before_task(21, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **OPTIONS)
+    files = sorted(path for path in out.glob("*/scale0/image/c/*/*"))
+    for path in files[:-2]:
+        state = path.stat()
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns - 400 * 10**9))
+    with caplog.at_level(logging.INFO, "cdd_dask"):
+        cdd_dask.decompose(source, out, **OPTIONS)
+    assert "checking the 2 shards that were written last" in caplog.text
+
+
+@pytest.mark.parametrize(("key", "value"), [("scale_from", 9.0), ("scale_to", 7.5), ("unit", "pc")])
+def test_what_an_output_is_follows_from_the_plan(
+    key: str, value: Any, before_task: Any, tmp_path: Path
+):
+    """Whatever its attributes were made to say before the run goes on, or while it does."""
+    source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
+    np.save(source, FIELD)
+
+    def edit() -> None:
+        path = out / "channel_01/zarr.json"
+        document = json.loads(path.read_text())
+        document["attributes"]["cdd_dask"][key] = value
+        path.write_text(json.dumps(document))
+
+    before_task(15, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **OPTIONS)
+    edit()
+    before_task(3, edit)
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert_whole(out, source)
+
+
+def test_what_cannot_be_removed_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """The store is complete; the next call removes it."""
+    source, out, scratch = (tmp_path / name for name in ("field.npy", "out.zarr", "scratch"))
+    np.save(source, FIELD)
+    scratch.mkdir()
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "remove_scratch", refuse)
+        result = cdd_dask.decompose(source, out, **OPTIONS, scratch=scratch)
+    assert result.attrs["complete"] is True
+    assert "is complete, but what it does not need any more could not be removed" in caplog.text
+    assert [*scratch.iterdir()]
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert not [*scratch.iterdir()]
+
+
+def test_a_finished_output_that_lacks_blocks_is_not_done(tmp_path: Path):
+    """Nor is it begun: what mends it is said."""
+    np.save(tmp_path / "field.npy", FIELD)
+    out = tmp_path / "out.zarr"
+    cdd_dask.decompose(tmp_path / "field.npy", out, **OPTIONS)
+    shutil.rmtree(out / "residual/scale0/image/c/0")
+    with pytest.raises(DamagedError, match=r"lacks 3 of 9 blocks: .* repair"):
+        cdd_dask.decompose(tmp_path / "field.npy", out, **OPTIONS)
+
+
+def test_blocks_of_other_axes_are_refused(tmp_path: Path):
+    """As they are where nothing has begun."""
+    np.save(tmp_path / "field.npy", FIELD)
+    out = tmp_path / "out.zarr"
+    cdd_dask.decompose(tmp_path / "field.npy", out, **OPTIONS)
+    for block in ((16,), (16, 16, 16)):
+        with pytest.raises(InputError, match=r"block=\(16.* has \d axes, the volume"):
+            cdd_dask.decompose(tmp_path / "field.npy", out, **{**OPTIONS, "block": block})
+
+
+def test_overwriting_a_copy_leaves_the_scratch_of_the_original(before_task: Any, tmp_path: Path):
+    """Which goes on with it."""
+    source, out, scratch = (tmp_path / name for name in ("field.npy", "out.zarr", "scratch"))
+    np.save(source, FIELD)
+    scratch.mkdir()
+    executed = before_task(21, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **OPTIONS, scratch=scratch)
+    shutil.copytree(out, tmp_path / "copy.zarr")
+    kept = [*scratch.iterdir()]
+    before_task(10**9, stop)
+    cdd_dask.decompose(source, tmp_path / "copy.zarr", **OPTIONS, overwrite=True)
+    assert [*scratch.iterdir()] == kept
+    again = before_task(10**9, stop)
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert not set(again) & set(executed)
+    assert not [*scratch.iterdir()]
+    assert_whole(out, source)
+
+
+def test_only_what_is_needed_is_made_again(before_task: Any, tmp_path: Path):
+    """Where a lost block's input is gone: its neighbours in the passes before, and theirs."""
+    source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
+    np.save(source, np.random.default_rng(0).lognormal(size=320).astype("float32"))
+    executed = before_task(41, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **{**OPTIONS, "max_scale": 2})
+    first = [*executed]
+    assert not (out / "work/field_00").exists()
+    (out / "channel_00/scale0/image/c/7").unlink()
+    again = before_task(10**9, stop)
+    cdd_dask.decompose(source, out, **{**OPTIONS, "max_scale": 2})
+    assert set(again) & set(first) == {(0, 6), (0, 7), (0, 8), (1, 7)}
+    cdd_dask.verify(out, progress=False)
