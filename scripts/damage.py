@@ -2,10 +2,10 @@
 
     python scripts/damage.py --count 300 --seed 0
 
-For every damage `verify` must refuse the store, `repair` must mend it or say that it cannot, and
-what was mended must be the undamaged store again, file by file. The exit status is 1 if anything
-was missed. ``--without-checksums`` leaves out the comparison with the done marks: shards that were
-swapped are missed then.
+For every damage `verify` must refuse the store, no reader be given other values, `repair` mend it
+or say that it cannot, and what was mended be the undamaged store again, file by file. The exit
+status is 1 if anything was missed. ``--without-checksums`` leaves out the comparison with the done
+marks: shards that were swapped are missed then.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ STORES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 
 EMPTY: tuple[Any, ...] = (None, {}, [])
 Files = dict[str, bytes]
+Outputs = dict[str, np.ndarray[Any, Any] | None]
 
 
 def make_store(folder: Path, name: str, seed: int = 0) -> Path:
@@ -96,6 +97,11 @@ Damage = Callable[[Patient], str]
 DAMAGES: dict[str, Damage] = {}
 HOPELESS = {"both copies", "another store's marks and copy", "another store's root"}
 """Damages after which nobody can tell what was there: to be said."""
+WELL_FORMED = {
+    "swapped blocks", "swapped channels", "another store's shard", "swapped chunks",
+    "a changed voxel", "a whole channel copied over another",
+}  # fmt: skip
+"""Damages that leave every chunk's own checksum right: only done marks tell."""
 
 
 def damage(name: str) -> Callable[[Damage], Damage]:
@@ -344,6 +350,19 @@ def _both_copies(patient: Patient) -> str:
     return str(patient.path / "zarr.json")
 
 
+@damage("both copies of an output")
+def _both_copies_of_group(patient: Patient) -> str:
+    """Edited in the same way."""
+    path = patient.random.choice(patient.files("*/zarr.json")[1:])
+    for one in (path, patient.path / "done" / "zarr.json"):
+        document = json.loads(one.read_text())
+        held = document["attributes"]["cdd_dask"]
+        held = held.get(path.parent.name, held)
+        held["statistics"]["sum"] = 77.0
+        one.write_text(json.dumps(document))
+    return str(path)
+
+
 # what becomes of it
 
 
@@ -404,13 +423,41 @@ def same(wanted: Files, found: Files) -> bool:
     )
 
 
-def treat(path: Path, wanted: Files, hopeless: bool) -> tuple[str, str]:
+def outputs_of(path: Path, checked: bool) -> Outputs:
+    """The values of every output, as a reader is given them; None where that is an error."""
+    try:
+        result = cdd_dask.open_decomposition(path, checked=checked)
+    except CddError:
+        return {}
+    found: Outputs = {}
+    arrays = (*result.channels, result.residual)
+    for (name, *_), array in zip(result.outputs(), arrays, strict=True):
+        try:
+            found[name] = array[...]
+        except CddError:
+            found[name] = None
+    return found
+
+
+def misread(path: Path, kind: str, whole: Outputs) -> str:
+    """The first output whose reader is given other values without being told; or none."""
+    for checked in (True,) if kind in WELL_FORMED else (True, False):
+        for name, values in outputs_of(path, checked).items():
+            if values is not None and not np.array_equal(values, whole[name], equal_nan=True):
+                return f"{name} is read otherwise{', though checked' * checked}"
+    return ""
+
+
+def treat(path: Path, wanted: Files, whole: Outputs, kind: str) -> tuple[str, str]:
     """What becomes of a damaged store, and details where it is not repaired."""
+    hopeless = kind in HOPELESS
     try:
         cdd_dask.verify(path, progress=False)
         return "MISSED", "verify finds nothing"
     except CddError as error:
         found = str(error)
+    if wrong := misread(path, kind, whole):
+        return "MISSED", wrong
     try:
         done = cdd_dask.repair(path, progress=False)
     except CddError as error:
@@ -429,7 +476,7 @@ def inject(
 ) -> Tally:
     """Damage stores `count` times, each kind as often as the others."""
     tally, number = Tally(), 0
-    made: dict[str, tuple[Path, Path, Files]] = {}
+    made: dict[str, tuple[Path, Path, Files, Outputs]] = {}
     while tally.injected < count:
         kind = kinds[number % len(kinds)]
         # so that every kind meets every store
@@ -438,8 +485,8 @@ def inject(
         if name not in made:
             whole = make_store(place / name, name)
             donor = make_store(place / name / "other", name, seed=1)
-            made[name] = whole, donor, files_of(whole)
-        whole, donor, wanted = made[name]
+            made[name] = whole, donor, files_of(whole), outputs_of(whole, checked=False)
+        whole, donor, wanted, values = made[name]
         path = place / "damaged.zarr"
         shutil.copytree(whole, path)
         patient = Patient(path, donor, random.Random(f"{seed}/{number}"))
@@ -452,7 +499,7 @@ def inject(
             outcome, detail = "harmless", ""
             cdd_dask.verify(path, progress=False)
         else:
-            outcome, detail = treat(path, wanted, kind in HOPELESS)
+            outcome, detail = treat(path, wanted, values, kind)
         tally.add(kind, what, outcome, detail)
         if say:
             print(f"{tally.injected}: {kind}: {what}: {outcome}", file=sys.stderr, flush=True)

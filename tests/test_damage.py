@@ -14,8 +14,8 @@ import pytest
 import zarr
 
 import cdd_dask
-from cdd_dask import identity, lease, mending, run, store
-from cdd_dask.errors import DamagedError, LeaseError, StoreError, VerificationError
+from cdd_dask import identity, images, lease, mending, run, store
+from cdd_dask.errors import DamagedError, InputError, LeaseError, StoreError, VerificationError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import damage
@@ -41,7 +41,7 @@ def shard(path: Path, output: str, *place: int) -> Path:
 
 def test_damages_of_every_kind(tmp_path: Path):
     """Each is found; what is mended is the store that it was."""
-    tally = damage.inject(list(damage.DAMAGES), ["halos"], 26, 3, tmp_path)
+    tally = damage.inject(list(damage.DAMAGES), ["halos"], 27, 3, tmp_path)
     assert not tally.missed
     assert {what.split(":")[0] for what in tally.impossible} <= damage.HOPELESS
 
@@ -330,6 +330,61 @@ def test_an_empty_shard_is_no_zeros(made: Path):
     for region in (..., (slice(3, 5), slice(3, 5))):
         with pytest.raises(DamagedError, match=r"shard \(0, 0\) is empty"):
             channel[region]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda array: array[...],
+        lambda array: array[30, 20],
+        lambda array: array.oindex[[30], [20, 21]],
+        lambda array: array.get_block_selection((1, 1)),
+        lambda array: pytest.importorskip("dask.array").from_zarr(array)[30, 20].compute(),
+    ],
+)
+def test_a_swapped_block_is_told_where_readers_ask(read: Any, made: Path, halos: Path):
+    """However they read it; each block is sound by itself."""
+    one, other = shard(made, "channel_01", 0, 0), shard(made, "channel_01", 1, 1)
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+    assert read(cdd_dask.open_decomposition(made).channels[1]) is not None
+    result = cdd_dask.open_decomposition(made, checked=True)
+    with pytest.raises(
+        DamagedError, match=r"channel_01/scale0/image, shard .* is not what its run"
+    ):
+        read(result.channels[1])
+    expected = cdd_dask.open_decomposition(halos).channels[1][32:, 32:]
+    assert np.array_equal(result.channels[1][32:, 32:], expected)
+
+
+def test_a_block_is_compared_once(made: Path, monkeypatch: pytest.MonkeyPatch):
+    """And alone: it takes the memory of a whole block."""
+    compared, original = [], images.checksum
+    monkeypatch.setattr(images, "checksum", lambda one: compared.append(one) or original(one))
+    channel = cdd_dask.open_decomposition(made, checked=True).channels[0]
+    for _ in range(2):
+        channel[20:40, 3]
+    assert len(compared) == 2
+
+
+def test_exports_may_be_checked(made: Path, tmp_path: Path):
+    """Also of what was opened otherwise; no file is left."""
+    shutil.copy(shard(made, "residual", 0, 0), shard(made, "residual", 1, 1))
+    assert cdd_dask.export(made, "npy", out=tmp_path / "files", progress=False)
+    for store_or_result in (made, cdd_dask.open_decomposition(made)):
+        with pytest.raises(VerificationError, match="is not what its run wrote"):
+            cdd_dask.export(
+                store_or_result, "npy", out=tmp_path / "more", channel="residual", checked=True,
+                progress=False,
+            )  # fmt: skip
+    assert not [*(tmp_path / "more").iterdir()]
+
+
+def test_only_what_is_finished_can_be_checked(made: Path):
+    """Of an unfinished one not everything has a mark."""
+    with pytest.raises(InputError, match=r"checked=True with allow_incomplete=True"):
+        cdd_dask.open_decomposition(made, checked=True, allow_incomplete=True)
 
 
 @pytest.mark.parametrize("what", ["separator", "encoding", "endian", "fill value"])

@@ -429,3 +429,33 @@ def test_an_image_that_lies_in_another_file(tmp_path: Path):
     assert source.chunk is None  # mapped
     values = source.read((slice(0, 2), slice(0, 96), slice(0, 96)))
     assert np.array_equal(values, np.stack([FIELD + 20, FIELD + 21]))
+
+
+# arrays in this process
+
+
+@pytest.mark.parametrize("place", [(0, 0), (48, 48), (95, 95)])
+def test_a_lazy_array_of_large_chunks(place: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    """Is told by a few samples at least: at its corners, in the middle, and at random."""
+    import dask.array as da
+
+    monkeypatch.setattr(identity, "FEWEST_SAMPLES", 8)
+    other = FIELD.copy()
+    other[place] += 1
+    one, two = (open_source(da.from_array(field, chunks=96)) for field in (FIELD, other))
+    computed: list[Any] = []
+    read = one.fetch
+    object.__setattr__(one, "fetch", lambda region: computed.append(region) or read(region))
+    assert_differs(source_identity(one), source_identity(two), "content")
+    assert len(computed) == 8
+
+
+def test_a_masked_array_is_hashed_whole():
+    """Any voxel, and any that is masked."""
+    known = source_identity(open_source(np.ma.MaskedArray(FIELD)))
+    other = FIELD.copy()
+    other[37, 61] += 1
+    assert_differs(known, source_identity(open_source(np.ma.MaskedArray(other))), "content")
+    mask = np.zeros(FIELD.shape, bool)
+    mask[37, 61] = True
+    assert_differs(known, source_identity(open_source(np.ma.MaskedArray(FIELD, mask))), "content")

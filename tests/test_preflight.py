@@ -399,3 +399,27 @@ def test_decompose_refuses_what_is_not_fit(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(PreflightError, match="gone"):
         cdd_dask.decompose(tmp_path / "field.npy", tmp_path / "out.zarr", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["field.npy"]
+
+
+@APART
+def test_contents_are_compared(find: Find, source: Source, monkeypatch: pytest.MonkeyPatch):
+    """Not only what is seen of the first voxel."""
+    other = np.load(source.address)
+    other[-1, -1] += 1
+    known = facts.content_of(source)
+    np.save(source.address, other)
+    monkeypatch.setattr(facts, "content_of", lambda source: known)
+    failed = found(find(), "source", "failed")
+    assert len(failed) == 2
+    assert f"the client's has 20 × 24 float32, content {known[:12]}" in failed[0].detail
+
+
+def test_probes_that_killed_processes_left(tmp_path: Path):
+    """Go when the next one comes, but not those that may be in use."""
+    names = [f"{probes.PREFIX}{number:012d}" for number in range(2)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"token")
+    os.utime(tmp_path / names[0], (1e9, 1e9))
+    with probes.placed(probes.probe_for(str(tmp_path / "out.zarr"))):
+        assert not (tmp_path / names[0]).exists()
+    assert [path.name for path in tmp_path.iterdir()] == names[1:]

@@ -9,9 +9,10 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import cdd_dask
-from cdd_dask import lease, objects, run, store, task
-from cdd_dask.errors import CddError, DifferentRunError, RunError, StoreError, VerificationError
+from cdd_dask import lease, mending, objects, run, store, task
+from cdd_dask.errors import (
+    CddError,
+    DamagedError,
+    DifferentRunError,
+    RunError,
+    StoreError,
+    VerificationError,
+)
 
 OPTIONS: dict[str, Any] = {
     **{"max_scale": 2, "e_rel": 0.5, "rtol": 1e-2, "block": 8, "nan": "raise"},
@@ -60,6 +68,8 @@ class Store(RuleBasedStateMachine):
         """How often it may have been run besides: it was in flight at a kill, or lost since."""
         self.sound: dict[str, bytes] = {}
         """The files of the finished store."""
+        self.lacks_groups = False
+        """Whether it is unfinished for having been deleted in part."""
 
     def teardown(self) -> None:
         self.patch.undo()
@@ -91,6 +101,7 @@ class Store(RuleBasedStateMachine):
     def decompose(self, limit: int = 10**9, kill: bool = False, **more: Any) -> list[Key]:
         """Run until it is done or stopped: damage is found where it is read, and removed."""
         everything: list[Key] = []
+        self.lacks_groups = False
         for _ in range(40):
             with self.tasks(limit, kill) as executed:
                 try:
@@ -222,7 +233,63 @@ class Store(RuleBasedStateMachine):
         if self.state == "finished":
             self.finish()
 
-    # verify and repair
+    @precondition(lambda self: self.state != "absent" and store.is_our_store(self.out))
+    @rule(after=st.integers(0, 8))
+    def overwriting_is_killed(self, after: int) -> None:
+        """While it deletes what is there: the rest goes on, or goes later."""
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, after, store, "write_group")
+            patch.setattr(store, "shutil", SimpleNamespace(rmtree=shutil.rmtree))
+            stop_at(patch, after, store.shutil, "rmtree")
+            self.decompose(0, overwrite=True)
+        self.lacks_groups = True
+        if not store.is_our_store(self.out):
+            self.state = "absent"
+        elif (store.remembered(str(self.out)) or {})["complete"] is True:
+            self.state = "finished"
+        for number, one in enumerate(self.passes):
+            self.excused.update((number, block) for block in range(one.tasks))
+
+    @precondition(lambda self: self.state != "finished")
+    @rule()
+    def cleaning_up_is_killed(self) -> None:
+        """What is complete stays so, and the next run cleans up."""
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, 0, run, "clean_up")
+            self.decompose()
+        assert cdd_dask.open_decomposition(self.out)
+        assert not self.decompose()
+        self.finish()
+
+    # verify, repair and read
+
+    @precondition(lambda self: self.state == "finished")
+    @rule(checked=st.booleans())
+    def read(self, checked: bool) -> None:
+        """Nobody is given other values, whatever is damaged."""
+        try:
+            result = cdd_dask.open_decomposition(self.out, checked=checked)
+        except StoreError:
+            assert not self.is_sound
+            return
+        for part, wanted in zip((*result.channels, result.residual), self.wanted, strict=True):
+            try:
+                assert np.array_equal(part[...], wanted)
+            except DamagedError:
+                assert not self.is_sound
+
+    @precondition(lambda self: self.state == "finished")
+    @rule(after=st.integers(0, 8))
+    def repairing_is_killed(self, after: int) -> None:
+        """While it writes: what it has not mended is still found."""
+        with pytest.MonkeyPatch.context() as patch:
+            for place, name in (
+                (objects, "write_object"), (mending, "gather_marks"), (store, "write_attributes"),
+                (store, "write_block"),
+            ):  # fmt: skip
+                stop_at(patch, after, place, name)
+            with suppress(Stopped, StoreError):
+                cdd_dask.repair(self.out, progress=False)
 
     @rule()
     def verify(self) -> None:
@@ -292,7 +359,7 @@ class Store(RuleBasedStateMachine):
             return
         with pytest.raises((StoreError, FileNotFoundError)):
             cdd_dask.open_decomposition(self.out)
-        if self.state == "begun":
+        if self.state == "begun" and not self.lacks_groups:
             cdd_dask.open_decomposition(self.out, allow_incomplete=True)
 
 
@@ -302,6 +369,18 @@ def outputs_of(result: cdd_dask.Decomposition) -> list[Any]:
         return [part[...] for part in (*result.channels, result.residual)]
     except ValueError:  # a chunk is damaged
         return [np.empty(0)]
+
+
+def stop_at(patch: pytest.MonkeyPatch, after: int, place: Any, name: str) -> None:
+    """Have a function stop everything when it is called for the next time after so many."""
+    original, count = getattr(place, name), iter(range(after))
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        if next(count, None) is None:
+            raise Stopped
+        return original(*arguments, **options)
+
+    patch.setattr(place, name, stopping)
 
 
 def injure(path: Path, kind: str, data: st.DataObject) -> None:
