@@ -113,9 +113,11 @@ class Sandbox:
                 ["spectrum", str(store)],
                 ["verify", str(store), "--quiet"],
                 ["verify", str(store), "--sample", "1", "--memory", "100MB", "--quiet"],
+                ["repair", str(store), "--memory", "100MB", "--quiet"],
+                ["doctor", str(self.templates / "field.npy"), str(store), *hostile.FAST[:-1]],
                 *(
-                    ["export", str(store), "--to", to, "--out", str(self.out / "export"), "--quiet"]
-                    for to in ("npy", "fits", "tiff")
+                    ["export", str(store), *to, "--out", str(self.out / "export"), "--quiet"]
+                    for to in (["--to=npy", "--checked"], ["--to=fits"], ["--to=tiff"])
                 ),
                 again,
                 [*again, "--overwrite"],

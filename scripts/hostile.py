@@ -258,7 +258,7 @@ def arguments(random: Random, source: Path, store: Path, out: Path) -> list[str]
     """A command line of a known command, with known options and any values."""
     from cdd_dask.cli import cli
 
-    name = random.choice(sorted(set(cli.commands) - {"doctor"}))
+    name = random.choice(sorted(cli.commands))
     command = cli.commands[name]
     given = [name]
     for parameter in command.params:
@@ -269,7 +269,9 @@ def arguments(random: Random, source: Path, store: Path, out: Path) -> list[str]
         # what is written may be anywhere that the user names, so only places in `out` are named
         given = [name, str(source) if random.random() < 0.9 else random.choice(TEXTS)]
         given += [str(random.choice((out / "new.zarr", store, out))), *FAST]
-    skipped = NO_OPTIONS if name == "decompose" else {"config", "calibrate", "scheduler"}
+    skipped = (
+        NO_OPTIONS if name in ("decompose", "doctor") else {"config", "calibrate", "scheduler"}
+    )
     options = [p for p in command.params if p.param_type_name == "option" and p.name not in skipped]
     for option in random.sample(options, min(len(options), random.choice((0, 1, 1, 2, 4)))):
         given.append(random.choice((*option.opts, *option.secondary_opts)))

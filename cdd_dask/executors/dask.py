@@ -247,7 +247,9 @@ def _forget_keys() -> None:
 def _forget_tasks(span_id: str, dask_scheduler: Any) -> None:
     """Have a scheduler drop what it would keep of ended tasks: a span remembers every one."""
     _forget_keys()
-    span = dask_scheduler.extensions["spans"].spans[span_id]
+    span = dask_scheduler.extensions["spans"].spans.get(span_id)
+    if span is None:  # nothing was submitted
+        return
     span.groups -= {group for group in span.groups if group.done}
     span.metadata["collections"].clear()
 
