@@ -12,6 +12,9 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 INDIRECT = re.compile(r"(?:^|::)reference(?:::|:/)")
 """URLs of a file that names other files, anywhere, and may hold templates to evaluate."""
 
+NOWHERE = re.compile("[^/]*:/+")
+"""A URL of a scheme and nothing else."""
+
 
 def check_address(name: str, address: str) -> None:
     """Refuse an `address` given as the argument `name` that must not be kept, shown or opened.
@@ -20,7 +23,7 @@ def check_address(name: str, address: str) -> None:
     ------
     InputError
         If it holds credentials, which the message does not repeat; or characters that cannot be
-        printed; or is a URL that hands over to others.
+        printed; or is a URL that names no place, or hands over to others.
 
     Examples
     --------
@@ -41,6 +44,8 @@ or the config files of the storage library (fsspec, s3fs, …)
         )
     if UNPRINTABLE.search(address):
         raise InputError(f"{name}={address!a} holds characters that cannot be printed: rename it")
+    if NOWHERE.fullmatch(address):
+        raise InputError(f"{name}={address} names no place: add a bucket or a folder")
     if INDIRECT.search(address):
         raise InputError(
             f"{name}={address} may name files anywhere: open it yourself and give the Zarr array"

@@ -28,7 +28,7 @@ from cdd_dask.output import (
     output_address,
     scratch_address,
 )
-from cdd_dask.parameters import MAX_NDIM, Parameters, check_count
+from cdd_dask.parameters import MAX_NDIM, Parameters, check_count, check_flag
 from cdd_dask.planner import make_plan
 from cdd_dask.plans import Plan, Resources, Volume
 from cdd_dask.preflight import preflight
@@ -232,7 +232,7 @@ def decompose(
         begun = None if overwrite else find_begun(address)
         if begun is not None:
             made = begun.plan(*request, identity, folder)
-            folder = begun.scratch
+            folder = begun.scratch if folder is None else folder
             if begun.complete:
                 _clean_up_after_others(made, begun)
                 result = open_decomposition(address)
@@ -383,6 +383,8 @@ Request = tuple[Parameters, Volume, Resources, tuple[int, ...] | None]
 
 def _request(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> Request:
     """What a verb's `arguments` ask for."""
+    for name in ("overwrite", "break_lease", "progress"):
+        check_flag(name, arguments[name])
     parameters = Parameters(**{f.name: arguments[f.name] for f in fields(Parameters)})
     if isinstance(source, tuple):
         volume = Volume(source, source_itemsize=parameters.itemsize)
@@ -410,7 +412,8 @@ def _request(source: Source | tuple[int, ...], arguments: dict[str, Any]) -> Req
     resources = replace(resources, scratch=arguments["scratch"] is not None)
     if resources.in_memory and resources.scratch:
         raise InputError(
-            f"scratch={arguments['scratch']} with out=None: all stays in memory, leave it out"
+            f"scratch={str(arguments['scratch'])!r} with out=None: all stays in memory, leave it "
+            "out"
         )
     if isinstance(source, Source):
         reachable = source.portable or resources.executor in IN_PROCESS
@@ -488,7 +491,7 @@ def _begin(
             check_same(begun.attributes["identity"], identity, address)
             if begun.complete:  # by now
                 return str(begun.attributes["run"]), False
-            return go_on_with_store(made, source, address), False
+            return go_on_with_store(made, source, address, scratch), False
         if "://" not in address and not address.startswith(IN_MEMORY):
             if check_vacant(Path(address), overwrite):
                 store.remove_store(Path(address))

@@ -166,6 +166,9 @@ def decompose(source: str, out: str, scheduler: str | None, **options: Any) -> N
     """
     from cdd_dask.api import decompose as run
 
+    if out.startswith("memory://"):
+        problem = "what lies in this process's memory is gone when it ends: name a path or a URL"
+        raise click.BadParameter(problem, param_hint="OUT")
     _log_lines(options["progress"])
     result = run(source, out, client=_connect(scheduler), **_plain(options))
     click.echo(result.table())

@@ -135,13 +135,15 @@ def difference_of(wanted: dict[str, Any], found: dict[str, Any]) -> str:
     """
     if "attributes" not in found:
         return "has no attributes"
-    theirs = found["attributes"] or {}
+    theirs = found["attributes"]
+    if not isinstance(theirs, dict):
+        return "has other attributes"
     ours = {key: theirs.get(key) for key in wanted["attributes"]}
     found = {**found, "attributes": ours}
     # copies of the rest, which users make for faster opening (`zarr.consolidate_metadata`)
     for name in sorted({*wanted, *found} - {"consolidated_metadata"}):
-        one, other = wanted.get(name) or None, found.get(name) or None
-        if seal_of(one) != seal_of(other):
+        one, other = (held.get(name, {}) for held in (wanted, found))
+        if seal_of([] if one == {} else one) != seal_of([] if other == {} else other):
             return f"has other {name}"
     return ""
 

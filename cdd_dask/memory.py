@@ -18,6 +18,8 @@ much its process and the scheduler grow in a long run."""
 CHUNKS_IN_FLIGHT = 10
 """Inner chunks that Zarr decodes at once (its setting ``async.concurrency``)."""
 
+MOST_BYTES = 2**63 - 1
+"""What may be asked for: more is a slip."""
 LARGEST_COUNT = 10**30
 """Bytes that are told apart from more."""
 CGROUP_FILES = (
@@ -90,6 +92,8 @@ def byte_count(name: str, value: int | float | str) -> int:
         ) from None
     if count <= 0:
         raise InputError(f"{name}={value!r} must be more than 0 bytes")
+    if count > MOST_BYTES:
+        raise InputError(f"{name}={value!r} is more than any machine has: at most 2**63 - 1 bytes")
     return int(count)
 
 

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from cdd_dask import layout, objects, store
 from cdd_dask.cone import cone
-from cdd_dask.errors import BudgetError, CddError
+from cdd_dask.errors import BudgetError, CddError, OutputAccessError, RunError
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.identity import change_of
 from cdd_dask.lease import Lease
 from cdd_dask.marks import Mark, gather_marks, read_marks
 from cdd_dask.memory import available_memory, byte_count, format_bytes
 from cdd_dask.output import output_address
+from cdd_dask.parameters import check_flag
 from cdd_dask.plans import Plan
 from cdd_dask.progress import Progress
 from cdd_dask.readers import Source, read_field
@@ -102,16 +103,26 @@ def repair(
     BudgetError
         If the store's blocks do not fit the memory.
     RunError
-        If another run takes over the store meanwhile.
+        If another run takes over the store meanwhile, or it cannot be written.
+    OutputAccessError
+        If what is computed on the way cannot be written anywhere.
     """
+    check_flag("break_lease", break_lease)
     address = output_address(path)
     budget = available_memory() // 2 if memory is None else byte_count("memory", memory)
     Ledger.of(address)  # or there is nothing to repair, nor to hold a lease of
     with Lease(address, break_lease) as lease:
         mender = _Mender(Ledger.of(address), budget, scratch, lease.check)
-        mender.restore_metadata()
-        mender.mend_blocks(source, progress)
-        mender.finish()
+        try:
+            mender.restore_metadata()
+            mender.mend_blocks(source, progress)
+            mender.finish()
+        except OSError as error:
+            if isinstance(error, CddError):
+                raise
+            raise RunError(
+                f"the repair of {address} stopped: {error}; nothing is lost by repairing again"
+            ) from error
     return Repair(tuple(mender.repaired), tuple(mender.approximate), tuple(mender.impossible))
 
 
@@ -246,7 +257,12 @@ class _Mender:
         prefix = f"cdd-dask-repair-{seal_of(self._address)[:12]}-"  # nobody else repairs this store
         for left in Path(place).glob(f"{prefix}*"):
             shutil.rmtree(left, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+        except OSError as error:
+            raise OutputAccessError(
+                f"{place} cannot be written: {error}; name another folder, scratch= (--scratch)"
+            ) from error
         try:
             yield folder
         finally:

@@ -89,13 +89,13 @@ def scratch_address(scratch: str | Path) -> str:
     InputError
         If it is empty, or none that may be kept (see `check_address`).
     """
-    return _absolute("scratch", scratch, "a folder for working fields")
+    return _absolute("scratch", scratch, "a folder for working fields").rstrip("/") or "/"
 
 
 def _absolute(name: str, place: str | Path, meaning: str) -> str:
     text = str(place).removeprefix("file://")
-    if not text:
-        raise InputError(f"{name}='' is no path: name {meaning}")
+    if not isinstance(place, str | os.PathLike) or not text:
+        raise InputError(f"{name}={place!r} is no path: name {meaning}")
     check_address(name, text)
     return text if "://" in text else os.path.abspath(Path(text).expanduser())
 
@@ -172,15 +172,20 @@ def check_vacant(path: Path, overwrite: bool) -> int:
         return 0
     if path.is_dir() and {entry.name for entry in path.iterdir()} <= {lease.GROUP}:
         return 0
+    if path.is_symlink() and is_our_store(path):
+        raise OutputExistsError(
+            f"out={path} is a symbolic link to a decomposition, and none is replaced through a "
+            f"link: name {path.resolve()}"
+        )
     if path.is_symlink() or not path.is_dir() or not is_our_store(path):
         raise OutputExistsError(
             f"out={path} exists and is no decomposition store, so it is never replaced: "
             "name another output"
         )
-    if not overwrite:
+    if not overwrite:  # one that was there before would be gone on with
         raise OutputExistsError(
-            f"out={path} holds a decomposition already: name another output, or replace it with "
-            "overwrite=True (--overwrite)"
+            f"out={path} was begun by another run just now: wait until that run is done, or name "
+            "another output"
         )
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+
 from cdd_dask.errors import InputError
 
 MODES = ("log", "lin")
@@ -93,8 +95,7 @@ class Parameters:
         ):
             check_choice(name, getattr(self, name), allowed)
         for name in ("constrained", "inverted"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}={getattr(self, name)!r} must be True or False")
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         for name in ("min_scale", "max_scale", "linear_scale_step", "switch_scale"):
             if getattr(self, name) is not None:
                 self._check_number(name, above=0.0)
@@ -108,8 +109,11 @@ class Parameters:
                 f"fill_value={self.fill_value:g} is too large for dtype={self.dtype!r}: it must be "
                 f"within ±{LARGEST[self.dtype]:.3g}"
             )
-        if self.upsample not in UPSAMPLINGS or isinstance(self.upsample, bool):
-            raise InputError(f"upsample={self.upsample!r} must be 1, 2 or 4")
+        upsample: Any = self.upsample
+        whole = isinstance(upsample, Integral) and not isinstance(upsample, bool)
+        if not whole or upsample not in UPSAMPLINGS:
+            raise InputError(f"upsample={upsample!r} must be 1, 2 or 4")
+        object.__setattr__(self, "upsample", int(upsample))
         self._check_axes()
         self._check_spacing()
         self._check_edges()
@@ -271,6 +275,13 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(f"{name}={value!r} must be a whole number >= {least}")
     return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """The `value` of the argument `name`, which must be True or False: a word is always true."""
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name}={value!r} must be True or False")
+    return bool(value)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -19,8 +19,10 @@ from cdd_dask.errors import (
     StoreError,
 )
 from cdd_dask.identity import check_same, identity_of
+from cdd_dask.layout import ROOT
 from cdd_dask.marks import Mark, drop_marks, read_marks
 from cdd_dask.memory import format_bytes
+from cdd_dask.objects import has_object
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Pass, Plan, Resources, Volume
 from cdd_dask.seals import is_sealed
@@ -71,7 +73,8 @@ class Begun:
         source
             Identity of the source as it is now.
         scratch
-            Folder in which working fields shall lie; None leaves them where they are.
+            Folder in which working fields shall lie; None leaves them where they are. Another one
+            than before is taken if they were moved there.
 
         Raises
         ------
@@ -100,11 +103,16 @@ class Begun:
         if block is not None:
             wanted["block"] = list(volume.grid(block).block)
         check_same(begun, wanted, self.address)
-        if scratch is not None:
-            check_same({"scratch": self.scratch}, {"scratch": scratch.rstrip("/")}, self.address)
+        if scratch is not None and not self._was_moved_to(scratch):
+            check_same({"scratch": self.scratch}, {"scratch": scratch}, self.address)
         if not self.complete:
             self._check_resources(plan, volume)
         return plan
+
+    def _was_moved_to(self, scratch: str) -> bool:
+        """Whether the store of the working fields lies in this folder by now."""
+        name = (self.attributes["scratch"] or "").rpartition("/")[2]
+        return bool(name) and has_object(f"{scratch}/{name}", ROOT)
 
     def _check_resources(self, plan: Plan, volume: Volume) -> None:
         resources = plan.resources

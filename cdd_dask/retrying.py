@@ -6,6 +6,8 @@ import asyncio
 import errno
 import logging
 import random
+import shutil
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +28,9 @@ R = TypeVar("R")
 NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 """What file systems without hard links say to one: exFAT, SMB, some of FUSE."""
 
+NOT_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
+"""What is said of a path that leads to no file."""
+
 log = logging.getLogger(__name__)
 
 
@@ -34,6 +39,23 @@ class FileStore(LocalStore):
 
     It does so for every group that it makes. The bytes then come after the name, at once.
     """
+
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        if not _is_file(self.root / key):  # to open a pipe would wait for ever
+            return None
+        return await super().get(key, prototype, byte_range)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        try:
+            await super().set(key, value)
+        except IsADirectoryError:  # somebody has put one there
+            await asyncio.to_thread(shutil.rmtree, self.root / key)
+            await super().set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         try:
@@ -126,6 +148,15 @@ async def tried(
 
 async def _all(names: AsyncIterator[str]) -> list[str]:
     return [name async for name in names]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return False
+        raise
 
 
 def _create(path: Path, data: bytes) -> None:

@@ -69,19 +69,21 @@ def prepare_store(
     return run
 
 
-def go_on_with_store(plan: Plan, source: Source, address: str) -> str:
+def go_on_with_store(plan: Plan, source: Source, address: str, scratch: str | None) -> str:
     """Make a store that another run has begun this run's own, and return this run's name.
 
-    What it lacks of its metadata is written again.
+    What it lacks of its metadata is written again. The working arrays may have been moved, to the
+    folder `scratch`.
     """
     run, attributes = uuid.uuid4().hex[:12], store.remembered(address)
     if attributes is None:
         raise StoreError(f"the store at {address} is gone: was it deleted?")
+    if scratch:
+        name = attributes["scratch"].rpartition("/")[2]
+        attributes = {**attributes, "scratch": f"{scratch}/{name}"}
+        store.take_scratch(attributes["scratch"], run, address)
     layout.Layout(plan.grid, plan.edges, _axes(plan, source), attributes).restore(address)
     root = store.open_root(address, "r+")
-    scratch = attributes["scratch"]
-    if scratch:
-        store.take_scratch(scratch, run, address)
     here = _how_it_runs(plan, source)
     if others := _differences(attributes.get("versions"), here["versions"]):
         log.warning("going on with other versions, blocks may differ in the last bits: %s", others)

@@ -186,7 +186,10 @@ def take_scratch(address: str, run: str, output: str) -> None:
     """Make a store of working arrays this run's, for `output`; it is made anew if it is gone."""
     if "://" not in address and not Path(address).parent.is_dir():  # never made: who named it?
         raise OutputAccessError(f"scratch={Path(address).parent} is no folder: make it first")
-    root = open_root(address, "a")
+    try:
+        root = open_root(address, "a")
+    except FileExistsError as error:
+        raise OutputAccessError(f"{address} is in the way of working fields: {error}") from error
     root.attrs[KEY] = {"format_version": FORMAT_VERSION, "run": run, "output": output}
 
 
@@ -213,7 +216,10 @@ def _remove_folder(path: Path, *, keep: str = "") -> None:
     for entry in sorted(path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
         if entry.name == keep:
             continue
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        try:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        except OSError as error:  # which may name nothing but a file within
+            raise OSError(error.errno, f"{error.strerror}, below", str(entry)) from error
     with suppress(OSError):
         path.rmdir()
 

@@ -49,7 +49,7 @@ STORES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 }
 """A field, its shape and the options of `decompose` for every regime."""
 
-EMPTY: tuple[Any, ...] = (None, {}, [])
+EMPTY: tuple[Any, ...] = ({}, [])
 Files = dict[str, bytes]
 Outputs = dict[str, np.ndarray[Any, Any] | None]
 

@@ -280,5 +280,7 @@ def arguments(random: Random, source: Path, store: Path, out: Path) -> list[str]
         elif not option.is_flag:
             given.append(random.choice(TEXTS))
     if random.random() < 0.05:
-        given.insert(random.randrange(len(given)), random.choice((*TEXTS, "--nothing", "-x")))
+        # not between an option and its value, which may be where something is written
+        place = random.choice((1, len(given)))
+        given.insert(place, random.choice((*TEXTS, "--nothing", "-x")))
     return [text.replace("\0", "") for text in given]

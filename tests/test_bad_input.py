@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import zarr
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 import cdd_dask
 from cdd_dask import store
+from cdd_dask.cli import cli
 from cdd_dask.errors import (
     BlockError,
     BudgetError,
@@ -29,6 +31,7 @@ from cdd_dask.errors import (
     OutputAccessError,
     OutputExistsError,
     PreflightError,
+    RunError,
     SourceNotFoundError,
     SourceReadError,
     StoreError,
@@ -357,7 +360,8 @@ def test_what_is_not_ours_is_never_deleted(tmp_path: Path, kind: str, overwrite:
     if kind == "link" and not overwrite:  # a run may go on through a link; here nothing is left
         cdd_dask.decompose(FIELD, out, **FAST)
     else:
-        with pytest.raises(OutputExistsError, match=r"out=.*out\.zarr exists .*never replaced"):
+        refusal = "is a symbolic link to a decomposition.*elsewhere" if kind == "link" else "exists"
+        with pytest.raises(OutputExistsError, match=rf"out=.*out\.zarr {refusal}"):
             cdd_dask.decompose(FIELD, out, overwrite=overwrite, **FAST)
     assert snapshot(tmp_path) == before
 
@@ -570,3 +574,76 @@ def test_values_near_the_end_of_a_type(engine: str, value: float, dtype: str, re
     field[3, 2] = value
     with pytest.raises(InputError, match=rf"at \(3, 2\), too large.*{remedy}"):
         cdd_dask.decompose(field, engine=engine, device="cpu", **{**FAST, "dtype": dtype})
+
+
+@pytest.mark.parametrize("name", ["overwrite", "break_lease", "progress", "inverted"])
+def test_a_word_is_no_flag(name: str, tmp_path: Path):
+    """``"no"`` would be true, and cost a store."""
+    out = tmp_path / "out.zarr"
+    cdd_dask.decompose(FIELD, out, **FAST)
+    before = snapshot(tmp_path)
+    for value in ("no", None, 0):
+        with pytest.raises(InputError, match=rf"{name}={value!r} must be True or False"):
+            cdd_dask.decompose(FIELD * 2, out, **{**FAST, name: value})
+    assert snapshot(tmp_path) == before
+    cdd_dask.decompose(FIELD, out, **{**FAST, name: np.bool_(False)})
+
+
+@pytest.mark.parametrize("out", [True, 5, [], {}, float("nan"), b"x.zarr", "", "memory://"])
+def test_outputs_that_are_no_place(out: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No folder of such a name is made."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"out=.* (is no path|names no place)"):
+        cdd_dask.decompose(FIELD, out, **FAST)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_scratch_that_is_no_place_leaves_no_output(tmp_path: Path):
+    """The run that it was named for would never go on."""
+    with pytest.raises(InputError, match=r"scratch=memory:// names no place"):
+        cdd_dask.decompose(FIELD, tmp_path / "out.zarr", scratch="memory://", **FAST)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_more_memory_than_there_can_be():
+    """Said before it is stored, where it could not be read again."""
+    for memory in ("1e12GB", 10**30):
+        with pytest.raises(InputError, match=r"memory=.* is more than any machine has"):
+            cdd_dask.plan((64, 64), memory=memory)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As whole numbers, not as others."""
+    options = {key: value for key, value in FAST.items() if key != "progress"}
+    assert cdd_dask.plan(FIELD, upsample=np.int64(2), **options).parameters.upsample == 2
+    with pytest.raises(InputError, match=r"upsample=2\.0 must be 1, 2 or 4"):
+        cdd_dask.plan(FIELD, upsample=2.0, **options)
+
+
+def test_arrays_that_are_not_what_they_say():
+    """A meta tensor holds nothing; blocks of a dask array may be complex."""
+    import dask
+    import dask.array as da
+
+    torch = pytest.importorskip("torch")
+    with pytest.raises(InputError, match="meta tensor"):
+        cdd_dask.decompose(torch.zeros((8, 8), device="meta"), **FAST)
+    blocks = da.from_delayed(dask.delayed(lambda: np.ones((8, 8)) * 1j)(), (8, 8), "f4")
+    with pytest.raises((SourceReadError, RunError), match="holds complex numbers, not float32"):
+        cdd_dask.decompose(blocks, **FAST)
+
+
+def test_who_comes_second_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not to overwrite what another run begins at the same moment."""
+    out = tmp_path / "out.zarr"
+    cdd_dask.decompose(FIELD, out, **FAST)
+    monkeypatch.setattr("cdd_dask.api.find_begun", lambda address: None)
+    with pytest.raises(OutputExistsError, match="was begun by another run just now: wait"):
+        cdd_dask.decompose(FIELD, out, **FAST)
+
+
+def test_a_command_that_would_lose_its_result():
+    """Its memory ends with it."""
+    result = CliRunner().invoke(cli, ["decompose", "a.npy", "memory://x"])
+    assert result.exit_code == 2
+    assert "gone when it ends" in result.output

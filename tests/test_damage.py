@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -448,3 +449,46 @@ def test_overwriting_deletes_no_scratch_but_its_own(made: Path, halos: Path, tmp
     store.remove_store(made)
     assert not made.exists()
     assert (victim / "zarr.json").exists()
+
+
+# strange things in place of files
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("zarr.json", "channel_01/zarr.json", "done/zarr.json"),
+        *("channel_00/scale0/x/c/0", "residual/scale0/image/c/0/0"),
+    ],
+)
+@pytest.mark.parametrize("what", ["folder", "pipe", "loop"])
+def test_what_is_no_file_is_replaced(what: str, name: str, made: Path, halos: Path):
+    """Nothing waits for a pipe, or follows a link that leads to itself."""
+    path = made / name
+    path.unlink()
+    if what == "folder":
+        path.mkdir()
+        (path / "more").write_text("within")
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name)
+    with pytest.raises((VerificationError, StoreError)):
+        cdd_dask.verify(made, progress=False)
+    done = cdd_dask.repair(made, progress=False)
+    assert done.repaired
+    assert not done.impossible
+    assert damage.files_of(halos) == damage.files_of(made)
+
+
+@pytest.mark.parametrize("held", ["x", 3, None, []])
+def test_attributes_that_are_none_are_damaged(held: Any, made: Path, halos: Path):
+    """Even where there should be none: other readers stumble over them."""
+    edited(made / "channel_01/scale0/zarr.json", lambda document: document.update(attributes=held))
+    with pytest.raises(
+        VerificationError, match=r"channel_01/scale0/zarr\.json has other attributes"
+    ):
+        cdd_dask.verify(made, progress=False)
+    assert cdd_dask.repair(made, progress=False).repaired
+    assert damage.files_of(halos) == damage.files_of(made)

@@ -16,7 +16,13 @@ import zarr
 
 import cdd_dask
 from cdd_dask import run, store
-from cdd_dask.errors import DamagedError, DifferentRunError, InputError, RunError
+from cdd_dask.errors import (
+    DamagedError,
+    DifferentRunError,
+    InputError,
+    OutputAccessError,
+    RunError,
+)
 
 OPTIONS: dict[str, Any] = {
     **{"max_scale": 4, "e_rel": 0.3, "rtol": 1e-2, "block": 16},
@@ -260,3 +266,37 @@ def test_only_what_is_needed_is_made_again(before_task: Any, tmp_path: Path):
     cdd_dask.decompose(source, out, **{**OPTIONS, "max_scale": 2})
     assert set(again) & set(first) == {(0, 6), (0, 7), (0, 8), (1, 7)}
     cdd_dask.verify(out, progress=False)
+
+
+def test_output_and_scratch_may_move(before_task: Any, tmp_path: Path):
+    """Wherever the working fields lie by now; a folder without them is another one."""
+    source, here, there = (tmp_path / name for name in ("field.npy", "here", "there"))
+    np.save(source, FIELD)
+    (here / "scratch").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    executed = before_task(21, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, here / "out.zarr", **OPTIONS, scratch=here / "scratch")
+    here.rename(there)
+    with pytest.raises(DifferentRunError, match=r"scratch=.*here/scratch.*now scratch=.*empty"):
+        cdd_dask.decompose(source, there / "out.zarr", **OPTIONS, scratch=tmp_path / "empty")
+    again = before_task(10**9, stop)
+    cdd_dask.decompose(source, there / "out.zarr", **OPTIONS, scratch=there / "scratch/")
+    assert not set(again) & set(executed)
+    assert not [*(there / "scratch").iterdir()]
+    assert_whole(there / "out.zarr", source)
+
+
+def test_a_file_where_the_working_fields_go(before_task: Any, tmp_path: Path):
+    """The message names it."""
+    source, out, scratch = (tmp_path / name for name in ("field.npy", "out.zarr", "scratch"))
+    np.save(source, FIELD)
+    scratch.mkdir()
+    before_task(21, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **OPTIONS, scratch=scratch)
+    (work,) = scratch.iterdir()
+    shutil.rmtree(work)
+    work.write_text("a file")
+    with pytest.raises(OutputAccessError, match=rf"{work} is in the way of working fields"):
+        cdd_dask.decompose(source, out, **OPTIONS)

@@ -12,7 +12,7 @@ from cdd_dask.errors import InputError, StoreError, VerificationError
 from cdd_dask.exporting.selection import parse_channels, parse_region, select
 from cdd_dask.exporting.targets import SUFFIXES, check_targets, make_folder, target_paths
 from cdd_dask.exporting.writing import Create, write_file
-from cdd_dask.parameters import check_choice
+from cdd_dask.parameters import check_choice, check_flag
 from cdd_dask.progress import Progress
 from cdd_dask.store import missing_shards
 
@@ -72,6 +72,8 @@ def export(
         If astropy (FITS) or tifffile (TIFF) is not installed.
     """
     check_choice("to", to, tuple(SUFFIXES))
+    for name, flag in (("overwrite", overwrite), ("checked", checked)):
+        check_flag(name, flag)
     result = store if isinstance(store, Decomposition) else open_decomposition(store)
     if checked and result.path is not None:  # nobody else writes to a process's memory
         result = open_decomposition(result.path, checked=True)

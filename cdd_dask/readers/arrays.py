@@ -125,9 +125,11 @@ def _from_numbers(source: Any) -> NDArray[Any]:
 def _from_torch(tensor: Any) -> NDArray[Any]:
     import torch
 
-    tensor = tensor.detach().cpu()
+    if tensor.is_meta:
+        raise InputError("source is a meta tensor, which holds no values: give one that does")
     if tensor.is_sparse:
         raise InputError("source is a sparse tensor: give source.to_dense()")
+    tensor = tensor.detach().cpu()
     # NumPy knows neither bfloat16 nor a lazily conjugated tensor
     values = tensor.float() if tensor.dtype == torch.bfloat16 else tensor.resolve_conj()
     array: NDArray[Any] = values.numpy()

@@ -84,13 +84,16 @@ class Source:
             If they cannot be read, whatever the library says that reads them.
         """
         try:
-            return self.fetch(region)
+            values = self.fetch(region)
         except CddError:
             raise
         except Exception as error:  # damaged data make a library fail in any way
             raise SourceReadError(
                 f"{self.description} cannot be read: {type(error).__name__}: {error}"
             ) from error
+        if values.dtype.kind == "c":  # whose imaginary part a cast would drop
+            raise SourceReadError(f"{self.description} holds complex numbers, not {self.dtype}")
+        return values
 
     def __post_init__(self) -> None:
         if UNPRINTABLE.search(self.description + self.address):
