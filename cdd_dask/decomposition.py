@@ -107,7 +107,7 @@ class Decomposition:
         -------
         ndarray
             In the working dtype (summed in float64), equal to the field within 4 units in the
-            last place of its maximum; NaN where it is blank.
+            last place of its maximum (or of `cval`, where that is larger); NaN where it is blank.
         """
         where = () if region is None else region
         total: NDArray[Any] = np.array(self.channels[0][where], np.float64)

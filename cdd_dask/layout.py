@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 ROOT = "zarr.json"
 """Key of the root's metadata, and the end of all keys of metadata."""
+LONGEST_NAME = 200
+"""Bytes of an axis' name: it becomes a file's, which most systems limit to 255."""
 OME_UNITS = {
     "Å": "angstrom", "nm": "nanometer", "µm": "micrometer", "mm": "millimeter",
     "cm": "centimeter", "m": "meter", "km": "kilometer", "pc": "parsec",
@@ -152,7 +154,7 @@ def _is_sound(address: str, key: str, wanted: bytes) -> bool:
     """Whether an object of metadata is there, and may stay."""
     found = read_object(address, key)
     if found is None or not key.endswith(ROOT):
-        return found is not None
+        return found == wanted
     try:
         known, expected = json.loads(found), json.loads(wanted)
         if ours := expected["attributes"].get(store.KEY):
@@ -194,7 +196,10 @@ def usable_names(names: tuple[str, ...] | None, ndim: int) -> tuple[str, ...]:
     """The source's names of its axes, or ``z, y, x`` where they cannot name coordinate arrays."""
     # what a fourth axis is, nobody can guess
     default = ("z", "y", "x")[3 - ndim :] if ndim < 4 else ("dim_0", "dim_1", "dim_2", "dim_3")
-    if names is None or len({*names, "image"}) <= ndim:
+    if names is None or len({*names, "image", ROOT}) <= ndim + 1:
         return default
-    plain = all(re.fullmatch(r"[^\W_][\w .()-]*", name) for name in names)
+    plain = all(
+        re.fullmatch(r"[^\W_][\w .()-]*", name) and len(name.encode()) <= LONGEST_NAME
+        for name in names
+    )
     return names if plain else default

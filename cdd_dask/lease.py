@@ -193,6 +193,9 @@ class Lease:
                 self._take()
             except LeaseError:
                 raise
+            except KeyboardInterrupt:  # while it settles, written already
+                self._give_back()
+                raise
             except OSError as error:
                 where = f"out={self._address}"
                 raise OutputAccessError(f"{where} cannot be written: {error}") from error
@@ -209,6 +212,9 @@ class Lease:
             return
         self._ended.set()
         self._thread.join()
+        self._give_back()
+
+    def _give_back(self) -> None:
         with suppress(Exception):  # it ends by itself
             if self._is_ours(self.read(self._address)):
                 objects.remove_objects(self._address, GROUP)

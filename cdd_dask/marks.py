@@ -116,13 +116,14 @@ def write_mark(address: str, fingerprint: str, number: int, mark: Mark) -> None:
 def read_marks(address: str, fingerprint: str, number: int) -> dict[int, Mark]:
     """The marks of a pass, by block; those of another fingerprint, or damaged, are none."""
     found: dict[int, Mark] = {}
-    for path in (copy_path(number), pass_path(number)):
-        found |= marks_at(address, fingerprint, number, path)
     folder = _blocks_path(number)
     paths = [f"{folder}/{name}" for name in objects.names_in(address, folder)]
     for path, attributes in objects.read_all_attributes(address, paths):
         marks = _marks_in(attributes, fingerprint, number)
         found |= {m.block: m for m in marks.values() if path == block_path(number, m.block)}
+    # a task that was given up may leave a mark of its own when the pass is over
+    for path in (copy_path(number), pass_path(number)):
+        found |= marks_at(address, fingerprint, number, path)
     return found
 
 

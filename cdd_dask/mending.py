@@ -18,7 +18,7 @@ from cdd_dask import layout, objects, store
 from cdd_dask.cone import cone
 from cdd_dask.errors import BudgetError, CddError, OutputAccessError, RunError
 from cdd_dask.executors.serial import SerialExecutor
-from cdd_dask.identity import change_of
+from cdd_dask.identity import change_of, difference_of, source_identity
 from cdd_dask.lease import Lease
 from cdd_dask.marks import Mark, gather_marks, read_marks
 from cdd_dask.memory import available_memory, byte_count, format_bytes
@@ -173,15 +173,17 @@ class _Mender:
                 (damage, f"no source to compute it from: {error}") for damage in found
             ]
             return
-        why = "computed again it is not what its run wrote: other versions, or another machine"
-        if difference := change_of(self._ledger.attributes["identity"]["source"], opened):
+        why = "computed again it is not what its run wrote"
+        known = self._ledger.attributes["identity"]["source"]
+        why += f": {difference_of(known, source_identity(opened)) or 'other versions or machine'}"
+        if difference := change_of(known, opened):
             why = f"the source is another one, it had {difference}"
             if not self._may_be_source(opened, {damage.block for damage in found}):
                 self.impossible += [(damage, why) for damage in found]
                 return
         # the same values may come as another kind of source: done marks tell
         differing = self._recompute(opened, found, progress, only_proven=bool(difference))
-        self._approximate(opened, differing, why)
+        self._approximate(opened, differing, why, same=not difference)
 
     def _recompute(
         self, source: Source, found: list[Damage], progress: bool, only_proven: bool
@@ -268,8 +270,11 @@ class _Mender:
         finally:
             shutil.rmtree(folder)
 
-    def _approximate(self, source: Source, found: list[Damage], why: str) -> None:
-        """Make blocks of the field and their other outputs."""
+    def _approximate(self, source: Source, found: list[Damage], why: str, same: bool) -> None:
+        """Make blocks of the field and their other outputs.
+
+        Unless the source is the `same`, the statistics of a block must be what its run noted.
+        """
         by_block: dict[int, list[Damage]] = defaultdict(list)
         for damage in found:
             by_block[damage.block].append(damage)
@@ -291,9 +296,27 @@ class _Mender:
             wanted = read_field(source, core, self._plan.parameters)
             rest = self._sum(block, leave_out=damage.output)
             values = (wanted.astype(np.float64) - rest).astype(wanted.dtype)
+            if not self._was_like(damage, values, may_lack=same):
+                other = f"{why}; and what it holds there is something else"
+                self.impossible.append((damage, other))
+                continue
             self._write(path, block, values)
             self._mark_approximate(damage, values)
             self.approximate.append((damage, why))
+
+    def _was_like(self, damage: Damage, values: NDArray[Any], may_lack: bool) -> bool:
+        """Whether a damaged block was like these values, by the statistics in its mark."""
+        mark = self._ledger.marks[self._ledger.writers[damage.output]].get(damage.block)
+        known = None if mark is None else mark.statistics.get(damage.output)
+        if known is None:
+            return may_lack
+        return Statistics.of(values).agrees_with(known, self._allowed)
+
+    @property
+    def _allowed(self) -> float:
+        """How far a sum may be off."""
+        known = Statistics.of_dict(self._ledger.attributes["source_statistics"])
+        return TOLERANCE * self._plan.parameters.ulp(max(-known.min, known.max))
 
     def _keep(self, damages: list[Damage]) -> None:
         """Mark a block's outputs again as they are: nothing proves them but their sum."""
@@ -316,11 +339,8 @@ class _Mender:
         return all(self._sums_up(source, block) for block in some)
 
     def _sums_up(self, source: Source, block: int) -> bool:
-        known = Statistics.of_dict(self._ledger.attributes["source_statistics"])
-        dtype = self._plan.parameters.dtype
-        allowed = TOLERANCE * np.spacing(np.array(max(-known.min, known.max), dtype))
         wanted = read_field(source, self._plan.grid.core(block), self._plan.parameters)
-        return bool(difference(self._sum(block), wanted).max() <= allowed)
+        return bool(difference(self._sum(block), wanted).max() <= self._allowed)
 
     def _sum(self, block: int, leave_out: str = "") -> NDArray[np.float64]:
         """The sum of a block's outputs, in float64."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cdd_dask.addresses import UNPRINTABLE
 from cdd_dask.errors import InputError
 
 MODES = ("log", "lin")
@@ -18,6 +19,8 @@ BOUNDARIES = ("reflect", "mirror", "nearest", "wrap", "constant")
 DTYPES = ("float32", "float64")
 BLANKS = ("mask", "raise", "fill")
 UPSAMPLINGS = (1, 2, 4)
+LONGEST_UNIT = 100
+"""Characters of a unit's name."""
 MAX_NDIM = 4
 LARGEST = {"float32": 4.2e37, "float64": 2.2e307}
 """Largest absolute value of a field: sums and differences with a few others stay finite."""
@@ -135,8 +138,14 @@ class Parameters:
 
     def _check_spacing(self) -> None:
         spacing: Any = self.spacing
-        if self.unit is not None and (not isinstance(self.unit, str) or not self.unit.strip()):
-            raise InputError(f'unit={self.unit!r} must be the name of a unit, for example "µm"')
+        unit: Any = self.unit
+        if unit is not None and not (
+            isinstance(unit, str)
+            and unit.strip()
+            and len(unit) <= LONGEST_UNIT
+            and not UNPRINTABLE.search(unit)
+        ):
+            raise InputError(f'unit={unit!r:.80} must be the name of a unit, for example "µm"')
         if spacing is None:
             if self.unit is not None:
                 raise InputError(
@@ -218,6 +227,14 @@ class Parameters:
                 "give one number, or one for every axis, also for those not in axes="
             )
         return tuple(spacing)
+
+    def ulp(self, largest: float) -> float:
+        """Unit in the last place of all values, where the field's absolute ones reach `largest`.
+
+        Beyond the faces there is `cval`, which the smoothing mixes in.
+        """
+        beyond = abs(self.cval) if self.boundary == "constant" else 0.0
+        return float(np.spacing(np.array(max(largest, beyond), self.dtype)))
 
     def smallest_spacing(self, ndim: int) -> float:
         """The smallest spacing along the axes that are decomposed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import uuid
@@ -12,7 +13,8 @@ from importlib.metadata import version
 from typing import Any
 
 from cdd_dask import layout, store
-from cdd_dask.errors import AGAIN, CddError, RunError, StoreError
+from cdd_dask.attributes import LONGEST_HEADER, check_root
+from cdd_dask.errors import AGAIN, CddError, InputError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.identity import difference_of, fingerprint_of, source_identity
@@ -61,12 +63,23 @@ def prepare_store(
         "edges": list(plan.edges),
         "identity": identity,
         "fingerprint": fingerprint_of(identity),
+        "axes": [astuple(axis) for axis in _axes(plan, source)],
         **_how_it_runs(plan, source),
     }
+    _check_readable(address, attributes)
     layout.Layout(plan.grid, plan.edges, _axes(plan, source), attributes).create(address)
     if scratch:  # which a run that goes on makes if it is not there
         store.take_scratch(attributes["scratch"], run, address)
     return run
+
+
+def _check_readable(address: str, attributes: dict[str, Any]) -> None:
+    """Refuse, before anything is written, attributes that no reader would accept."""
+    held = {"format_version": store.FORMAT_VERSION, **attributes, "complete": False}
+    try:
+        check_root(address, json.loads(json.dumps(held)))
+    except StoreError as error:
+        raise InputError(f"nothing was done, for no one could read the result: {error}") from error
 
 
 def go_on_with_store(plan: Plan, source: Source, address: str, scratch: str | None) -> str:
@@ -82,7 +95,8 @@ def go_on_with_store(plan: Plan, source: Source, address: str, scratch: str | No
         name = attributes["scratch"].rpartition("/")[2]
         attributes = {**attributes, "scratch": f"{scratch}/{name}"}
         store.take_scratch(attributes["scratch"], run, address)
-    layout.Layout(plan.grid, plan.edges, _axes(plan, source), attributes).restore(address)
+    axes = tuple(layout.Axis(*axis) for axis in attributes["axes"])  # the source may name none now
+    layout.Layout(plan.grid, plan.edges, axes, attributes).restore(address)
     root = store.open_root(address, "r+")
     here = _how_it_runs(plan, source)
     if others := _differences(attributes.get("versions"), here["versions"]):
@@ -115,10 +129,16 @@ def _how_it_runs(plan: Plan, source: Source) -> dict[str, Any]:
             "dtype": source.dtype.str,
             "spacing": source.spacing and list(source.spacing),
             "units": source.units and list(source.units),
-            "header": source.header,
+            "header": _kept_header(source),
         },
-        "axes": [astuple(axis) for axis in _axes(plan, source)],
     }
+
+
+def _kept_header(source: Source) -> str | None:
+    if source.header is None or len(source.header) <= LONGEST_HEADER:
+        return source.header
+    log.warning("the header of %s is too long to be kept", source.description)
+    return None
 
 
 def _axes(plan: Plan, source: Source) -> tuple[layout.Axis, ...]:

@@ -70,6 +70,17 @@ class Statistics:
             max=max(self.max, other.max),
         )
 
+    def agrees_with(self, other: Statistics, off: float) -> bool:
+        """Whether both could be of the same values, but for errors of at most `off` each."""
+        if self.count != other.count or not self.count:
+            return self.count == other.count
+        of_squares = 2 * off * other.sum_abs + self.count * off**2
+        return (
+            max(abs(self.min - other.min), abs(self.max - other.max)) <= off
+            and abs(self.sum - other.sum) <= self.count * off
+            and abs(self.sum_squares - other.sum_squares) <= of_squares
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """The statistics as plain JSON values; no extremes where nothing counted."""
         none = {} if self.count else {"min": None, "max": None}

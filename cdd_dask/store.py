@@ -17,6 +17,7 @@ All metadata is written before any task; a task writes whole shards that no othe
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -38,17 +39,17 @@ from cdd_dask.faults import Fault, mark
 from cdd_dask.marks import keep_copy, read_copy
 from cdd_dask.objects import (
     IN_MEMORY,
-    has_object,
     keys_below,
     names_in,
     read_attributes,
+    read_object,
     remove_object,
     remove_objects,
     store_of,
     write_group,
 )
 from cdd_dask.readers.regions import read_region
-from cdd_dask.seals import sealed
+from cdd_dask.seals import is_sealed, sealed
 
 if TYPE_CHECKING:
     import zarr
@@ -95,10 +96,13 @@ def open_root(address: str, mode: str = "r") -> zarr.Group:
 def remembered(address: str) -> dict[str, Any] | None:
     """What the root of a store of ours remembers, or else its copy; None where there is none."""
     held = (read_attributes(address, "") or {}).get(KEY)
-    for known in (held, read_copy(address).get("")):
-        if isinstance(known, dict) and "format_version" in known:
-            return known
-    return None
+    found = [
+        known
+        for known in (held, read_copy(address).get(""))
+        if isinstance(known, dict) and "format_version" in known
+    ]
+    # the copy is sealed, or it is none; a root that was edited is better than nothing
+    return next(filter(is_sealed, found), found[0] if found else None)
 
 
 def is_our_store(path: Path) -> bool:
@@ -119,7 +123,7 @@ def remove_store(path: Path) -> None:
         with suppress(OSError, ValueError, ImportError):  # it is gone, or no store of that run
             held = (read_attributes(scratch, "") or {}).get(KEY, {})
             if held.get("output") == str(path):  # and not of the store that this is a copy of
-                remove_scratch(scratch, known.get("run", ""))
+                _remove_everything(scratch)
     if known.get("complete"):  # it no longer is, should this be stopped halfway
         whole = sealed({**known, "complete": False})
         keep_copy(str(path), {**read_copy(str(path)), "": whole})
@@ -171,6 +175,8 @@ def root_of_run(address: str, run: str, mode: str = "r") -> zarr.Group:
         owner = attributes["run"]
     except (FileNotFoundError, BaseZarrError, KeyError, TypeError) as error:
         raise StoreError(f"the store at {address} is gone: was it deleted?") from error
+    except ValueError as error:  # no JSON, or none of Zarr's
+        raise StoreError(f"the root of {address} cannot be read: {error}") from error
     if owner != run:
         raise StoreError(f"the store at {address} was replaced by another run")
     return root
@@ -186,11 +192,11 @@ def take_scratch(address: str, run: str, output: str) -> None:
     """Make a store of working arrays this run's, for `output`; it is made anew if it is gone."""
     if "://" not in address and not Path(address).parent.is_dir():  # never made: who named it?
         raise OutputAccessError(f"scratch={Path(address).parent} is no folder: make it first")
+    known = {"format_version": FORMAT_VERSION, "run": run, "output": output}
     try:
-        root = open_root(address, "a")
-    except FileExistsError as error:
+        write_group(address, "", {KEY: known})
+    except (FileExistsError, NotADirectoryError) as error:
         raise OutputAccessError(f"{address} is in the way of working fields: {error}") from error
-    root.attrs[KEY] = {"format_version": FORMAT_VERSION, "run": run, "output": output}
 
 
 def scratch_of(address: str, run: str) -> str | None:
@@ -202,6 +208,10 @@ def scratch_of(address: str, run: str) -> str | None:
 def remove_scratch(address: str, run: str) -> None:
     """Delete the store of a run's working arrays."""
     root_of_run(address, run, "r+")
+    _remove_everything(address)
+
+
+def _remove_everything(address: str) -> None:
     if "://" not in address:
         _remove_folder(Path(address))
     else:
@@ -240,7 +250,7 @@ def remove_partial(address: str) -> None:
 def create_work_array(address: str, run: str, name: str, grid: Grid, dtype: str) -> None:
     """Make room for a working array, unless it is there."""
     root = root_of_run(address, run, "r+")
-    if not has_object(address, f"{work_path(name)}/zarr.json"):
+    if not _is_described(address, work_path(name)):
         remove_objects(address, work_path(name))  # what a killed run left of it
         create_field(root, work_path(name), grid, dtype, on_disk(address))
 
@@ -260,8 +270,16 @@ def remove_work(address: str, run: str) -> None:
 
 def work_arrays(address: str) -> set[str]:
     """Names of the working arrays that are there, with all shards or not."""
-    names = names_in(address, WORK)
-    return {name for name in names if has_object(address, f"{work_path(name)}/zarr.json")}
+    return {name for name in names_in(address, WORK) if _is_described(address, work_path(name))}
+
+
+def _is_described(address: str, path: str) -> bool:
+    """Whether there is an array, with metadata that a lost machine has not left torn."""
+    try:
+        found = json.loads(read_object(address, f"{path}/zarr.json") or b"")
+        return bool(found["node_type"] == "array")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def work_array(address: str, name: str) -> zarr.Array[Any]:
@@ -280,20 +298,19 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
         If a shard is not there, which Zarr would read as zeros, or fails its checksum. One of a
         working array is then deleted, so that it is made again when the run goes on.
     """
+    import zarr
+
+    from cdd_dask.whole import whole_array
+
     array = _open_array(address, path)
-    region = (*(slice(0, n) for n in array.shape[: array.ndim - len(region)]), *region)
-    unit = array.shards or array.chunks
-    touched = [
-        sorted({source.start // u for _, source in pieces(s.start, s.stop, n, u)})
-        for s, n, u in zip(region, array.shape, unit, strict=True)
-    ]
-    places = list(itertools.product(*touched))
+    whole = (*(slice(0, n) for n in array.shape[: array.ndim - len(region)]), *region)
     try:
-        for place in places:
-            _check_there(array, place)
-        return read_region(array, region)
+        return read_region(zarr.Array(whole_array(array)), whole)
     except ValueError as error:
-        for place in places:
+        record = _record.get()
+        if record is not None:
+            record.check()  # what another run has put there is not ours to judge
+        for place in _touched(array, whole):
             if damage := shard_damage(array, place):
                 remedy = ""
                 if path.startswith(f"{WORK}/"):
@@ -302,6 +319,16 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
                 raise DamagedError(f"{address}: {path}, {damage}{remedy}") from error
         mark(error, Fault.PASSING)  # it is sound by now
         raise
+
+
+def _touched(array: zarr.Array[Any], region: Region) -> list[tuple[int, ...]]:
+    """Places of the shards that a region touches, which may run beyond the array."""
+    unit = array.shards or array.chunks
+    along = [
+        sorted({source.start // u for _, source in pieces(s.start, s.stop, n, u)})
+        for s, n, u in zip(region, array.shape, unit, strict=True)
+    ]
+    return list(itertools.product(*along))
 
 
 def _check_there(array: zarr.Array[Any], place: tuple[int, ...]) -> None:
@@ -389,12 +416,15 @@ class Record:
     """Of what was written, by the array's path."""
 
     def check(self) -> None:
-        """Raise `StoreError` if the output is another run's by now, which may overwrite it.
+        """Raise `StoreError` if the output is complete, or another run's by now.
 
-        A task that outlives its run must not write to what was made in its place. Called just
-        before every write: between the two a new run cannot have begun and come as far.
+        A task that outlives its run must not write to it any more, nor to what was made in its
+        place. Called just before every write: between the two a new run cannot have begun and
+        come as far.
         """
-        root_of_run(self.address, self.run)
+        attributes: Any = root_of_run(self.address, self.run).attrs[KEY]
+        if attributes.get("complete"):
+            raise StoreError(f"the run of {self.address} is over: this task was given up")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Verification:
     where: tuple[int, ...]
     """Voxel of that difference."""
     ulp: float
-    """Unit in the last place of the source's largest absolute value."""
+    """Unit in the last place of the source's largest absolute value, or of `cval`'s."""
     samples: tuple[Sample, ...] = ()
     """What recomputed blocks showed, one for each channel, where they were asked for."""
     approximate: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -103,9 +103,9 @@ def verify(
     ------
     VerificationError
         If something is missing or damaged (`repair` mends it), or the sum is off by more than 4
-        units in the last place of the maximum; or if a channel whose error is exact or bounded
-        differs from its recomputation by more than `rtol` of the field's range. The message names
-        the worst voxel.
+        units in the last place of the maximum (or of `cval`, where that is larger); or if a
+        channel whose error is exact or bounded differs from its recomputation by more than `rtol`
+        of the field's range. The message names the worst voxel.
         Coarse kernels and fields of mixed sign are judged by the root mean square difference,
         which may be larger by what is known of these.
     InputError
@@ -179,8 +179,7 @@ def _check_blocks(
             worst = float(off[place])
             where = tuple(s.start + int(i) for s, i in zip(core, place, strict=True))
     _refuse(str(result.path), damages)
-    ulp = float(np.spacing(np.array(largest, result.parameters.dtype)))
-    found = Verification(worst, where, ulp)
+    found = Verification(worst, where, result.parameters.ulp(largest))
     if source is not None and found.worst_ulp > TOLERANCE:
         changed = change_of(ledger.attributes["identity"]["source"], source)
         raise VerificationError(

@@ -27,6 +27,7 @@ LAYERS = (
     (
         "readers",
         "store",
+        "whole",
         "images",
         "layout",
         "attributes",

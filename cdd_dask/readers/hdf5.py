@@ -29,7 +29,7 @@ def open_hdf5(path: Path, part: str | None = None) -> Source:
     """A source that reads a dataset of an HDF5 file.
 
     CF's ``scale_factor`` and ``add_offset`` are applied; ``_FillValue`` and ``missing_value``
-    become NaN.
+    become NaN; of ``_Unsigned`` ones the sign bit is a bit.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def _files(path: Path, name: str, met: set[tuple[Path, str]]) -> Iterator[Path]:
     Raises
     ------
     SourceReadError
-        If a part is gone: HDF5 would read its fill value.
+        If a part is gone or truncated: HDF5 would read its fill value.
     """
     import h5py
 
@@ -152,6 +152,12 @@ def _files(path: Path, name: str, met: set[tuple[Path, str]]) -> Iterator[Path]:
         home = Path(dataset.file.filename).absolute()
         prefix = os.environ.get("HDF5_EXTFILE_PREFIX", "").replace("${ORIGIN}", str(home.parent))
         external = [Path(prefix, raw).absolute() for raw, *_ in dataset.external or ()]
+        needed = dataset.size * dataset.dtype.itemsize
+        for file_path, (_, offset, room) in zip(external, dataset.external or (), strict=True):
+            held = min(room, needed)  # the last one may have no end
+            if file_path.is_file() and file_path.stat().st_size < offset + held:
+                raise SourceReadError(f"{path}::{name} needs {file_path}, which is truncated")
+            needed -= held
         virtual = dataset.virtual_sources() if dataset.is_virtual else ()
         parts = sorted({(part.file_name, part.dset_name) for part in virtual})
     yield home
@@ -194,11 +200,12 @@ class _Dataset:
     ) -> None:
         self._path, self._name, self._full, self._kept = path, name, full, kept
         self.shape = tuple(full[axis] for axis in kept)
-        self._blanks = [
-            value
-            for value in (attributes.get(key) for key in ("_FillValue", "missing_value"))
-            if isinstance(value, int | float)
-        ]
+        self._blanks = [*_numbers(attributes, "_FillValue"), *_numbers(attributes, "missing_value")]
+        if stored.kind == "i" and str(attributes.get("_Unsigned")).lower() == "true":
+            stored = np.dtype(f"{stored.byteorder}u{stored.itemsize}")
+            # they are stated as they are stored
+            self._blanks = [value % 2 ** (8 * stored.itemsize) for value in self._blanks]
+        self._stored = stored
         self._scale = attributes.get("scale_factor", 1), attributes.get("add_offset", 0)
         plain = self._scale == (1, 0)
         as_stored = plain and (not self._blanks or stored.kind == "f")
@@ -213,12 +220,21 @@ class _Dataset:
             where[axis] = part
         with _open(self._path) as file:
             stored = np.asarray(file[self._name][tuple(where)])
+        if self._stored.kind == "u":
+            stored = stored.view(f"u{stored.itemsize}")
         values = stored.astype(self.dtype)
         if self._scale != (1, 0):
             values = values * self._scale[0] + self._scale[1]
         for blank in self._blanks:
             values[stored == blank] = np.nan
         return values
+
+
+def _numbers(attributes: dict[str, Any], key: str) -> list[int | float]:
+    """The number or numbers that an attribute states."""
+    stated = attributes.get(key)
+    values = stated if isinstance(stated, list) else [stated]
+    return [value for value in values if isinstance(value, int | float)]
 
 
 def _items(attributes: Any) -> Iterator[tuple[str, Any]]:

@@ -51,7 +51,10 @@ def open_tiff(path: Path, part: str | None = None) -> Source:
         page = series.keyframe
         # those of an OME-TIFF lie in files that its metadata name, and which need not be this one
         pages = series.pages if series.is_multifile else [page]
-        files = [Path(one.parent.filehandle.path) for one in pages if one is not None]
+        # what is in another file than this one tifffile would read as zeros
+        if series.kind == "ome" and any(one is None for one in series.pages):
+            raise SourceReadError(f"{path} lacks pages: a file that its metadata name is not there")
+        files = [Path(one.parent.filehandle.path) for one in pages]
         stored = np.dtype(series.dtype).newbyteorder(page.parent.byteorder)
         tile = tuple(map(int, page.chunks)) if page.chunks else ()
         header = file.ome_metadata or file.pages.first.description or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cdd_dask.addresses import UNPRINTABLE
+from cdd_dask.parameters import LONGEST_UNIT
 
 PLAIN = {
     "angstrom": "Å", "nanometer": "nm", "nanometre": "nm", "micrometer": "µm",
@@ -27,6 +28,6 @@ def plain_unit(name: object) -> str | None:
     """
     text = name.decode(errors="replace") if isinstance(name, bytes) else str(name or "")
     text = text.strip().rstrip("\0").replace("\\u00B5", "µ")
-    if UNPRINTABLE.search(text):
+    if UNPRINTABLE.search(text) or len(text) > LONGEST_UNIT:
         return None
     return PLAIN.get(text.lower() if len(text) > 3 else text, text)

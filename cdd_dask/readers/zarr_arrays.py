@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import zarr
+from zarr import AsyncArray
+from zarr.abc.store import Store
+from zarr.storage import StorePath, WrapperStore
 
 from cdd_dask.errors import InputError, SourceNotFoundError, SourceReadError
-from cdd_dask.objects import store_of
+from cdd_dask.marks import KEY
+from cdd_dask.objects import read_attributes, store_of
 from cdd_dask.readers.base import Source
 from cdd_dask.readers.regions import read_region
 from cdd_dask.readers.units import plain_unit
+from cdd_dask.whole import whole_array
 
 if TYPE_CHECKING:
-    import zarr
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
 
 LEVELS_ABOVE = 3
 """How far above an array the group may be whose metadata tell of it."""
@@ -33,7 +41,6 @@ def open_zarr(address: str) -> Source:
     SourceReadError
         If there is something else.
     """
-    import zarr
     from zarr.errors import BaseZarrError
 
     try:
@@ -69,6 +76,7 @@ def zarr_source(array: zarr.Array[Any], address: str | None = None) -> Source:
     if names is None:  # format 2, as xarray writes it
         names = array.attrs.get("_ARRAY_DIMENSIONS")
     known = isinstance(names, list | tuple) and len(names) == array.ndim and all(names)
+    array = _whole(array, address)
     spacing, units, ome_names = _ome_axes(address, array.ndim)
     return Source(
         description=address,
@@ -86,19 +94,52 @@ def zarr_source(array: zarr.Array[Any], address: str | None = None) -> Source:
     )
 
 
+class _NoEmpty(WrapperStore[Store]):
+    """A store that refuses empty objects, which a lost machine may leave; Zarr reads zeros."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        found = await self._store.get(key, prototype, byte_range)
+        if found is not None and not found:
+            raise SourceReadError(f"{key} is empty")
+        return found
+
+
+def _whole(array: zarr.Array[Any], address: str) -> zarr.Array[Any]:
+    """The same array, whose lost chunks are no zeros: of those it was made with none are left out.
+
+    In general a chunk that is not there is one that was never written.
+    """
+    above = (read_attributes(parent, "") for parent in _parents(address))
+    for known in (held[KEY] for held in above if held and KEY in held):
+        if isinstance(known, dict) and "format_version" in known:
+            if known.get("complete") is not True:
+                raise InputError(
+                    f"{address} is part of a decomposition that is not complete: let it end first"
+                )
+            return zarr.Array(whole_array(array))
+    place = StorePath(_NoEmpty(array.store), array.path)
+    return zarr.Array(AsyncArray(array.metadata, place, array.config))
+
+
+def _parents(address: str) -> Iterator[str]:
+    """Addresses of the folders in which an array lies, the nearest first."""
+    parent = address.rstrip("/")
+    for _ in range(LEVELS_ABOVE):
+        parent = parent.rpartition("/")[0]
+        if not parent or parent.endswith(":/"):
+            return
+        yield parent
+
+
 Axes = tuple[tuple[float, ...] | None, tuple[str | None, ...] | None, tuple[str, ...] | None]
 
 
 def _ome_axes(address: str, ndim: int) -> Axes:
     """Spacing, units and names of the axes by the OME metadata of a group above an array."""
-    import zarr
-
-    parent, path = address.rstrip("/"), ""
-    for _ in range(LEVELS_ABOVE):
-        parent, _, name = parent.rpartition("/")
-        path = f"{name}/{path}" if path else name
-        if not parent or parent.endswith(":/"):
-            break
+    for parent in _parents(address):
+        path = address.rstrip("/").removeprefix(f"{parent}/")
         try:
             group = zarr.open_group(store_of(parent, read_only=True), mode="r")
             attributes = group.attrs.asdict()
