@@ -259,3 +259,25 @@ def test_from_a_config_file_and_the_command_line(tmp_path: Path, lognormal: Any)
     assert cdd_dask.open_decomposition(out).attrs["parameters"]["spacing"] == [3.0] * 3
     for wrong in (["--spacing", "a,b"], ["--axes", "x"]):
         assert CliRunner().invoke(cli.cli, [*common, *wrong]).exit_code == 2
+
+
+@pytest.mark.parametrize("unit", ["a\nb", "u" * 101, "\ud800"])
+def test_units_that_no_store_could_keep(unit: str, tmp_path: Path):
+    """Refused where they are given, and left out where a source states them."""
+    with pytest.raises(InputError, match=r"unit=.* must be the name of a unit"):
+        cdd_dask.plan((8, 8), spacing=1.0, unit=unit)
+    xarray = pytest.importorskip("xarray")
+    along = xarray.Variable("x", np.arange(8.0) * 2, {"units": unit})
+    field = xarray.DataArray(np.ones((8, 8)), dims=("y", "x"), coords={"x": along})
+    result = cdd_dask.decompose(field, tmp_path / "out.zarr", max_scale=2, progress=False)
+    assert result.attrs["source"]["units"] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "n" * 300, "image", "a/b"])
+def test_names_of_axes_that_no_folder_can_have(name: str, tmp_path: Path):
+    """The usual ones are taken."""
+    xarray = pytest.importorskip("xarray")
+    field = xarray.DataArray(np.ones((8, 8)), dims=("y", name))
+    out = tmp_path / "out.zarr"
+    cdd_dask.decompose(field, out, max_scale=2, progress=False)
+    assert {path.name for path in (out / "residual/scale0").iterdir()} >= {"y", "x", "image"}

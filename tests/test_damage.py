@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -264,6 +265,25 @@ def test_what_a_killed_repair_left_goes(made: Path):
     assert not [*made.parent.glob("cdd-dask-repair-*")]
 
 
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_source_that_differs_just_there(
+    size: str, made: Path, halos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All other blocks agree with it; the statistics of the damaged one do not."""
+    if size == "large":  # told by samples: between them nobody looks
+        monkeypatch.setattr(mending, "change_of", lambda known, source: "")
+    field = np.load(halos.parent / "field.npy")
+    field[24, 24] += 1000
+    np.save(tmp_path / "other.npy", field)
+    shard(made, "channel_00", 1, 1).unlink()
+    done = cdd_dask.repair(made, tmp_path / "other.npy", progress=False)
+    assert not done.approximate
+    (reason,) = (why for _, why in done.impossible)
+    assert "what it holds there is something else" in reason
+    assert ("had source content=" if size == "small" else "not what its run wrote: ") in reason
+    assert not shard(made, "channel_00", 1, 1).exists()
+
+
 def test_another_source_mends_nothing(made: Path, halos: Path, tmp_path: Path):
     """What it would give is not what was decomposed."""
     np.save(tmp_path / "other.npy", np.load(halos.parent / "field.npy") * 1.001)
@@ -357,6 +377,42 @@ def test_a_swapped_block_is_told_where_readers_ask(read: Any, made: Path, halos:
         read(result.channels[1])
     expected = cdd_dask.open_decomposition(halos).channels[1][32:, 32:]
     assert np.array_equal(result.channels[1][32:, 32:], expected)
+
+
+@pytest.mark.parametrize("damaged", ["flipped", "gone"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda array: array[...],
+        lambda array: array[10:30],
+        lambda array: array.oindex[[20, 3], :],
+        lambda array: array.vindex[[20, 3], [20, 3]],
+        lambda array: array.blocks[1, 1],
+        lambda array: array[np.ones(array.shape, bool)],
+        lambda array: array.get_basic_selection((20, 20)),
+    ],
+)
+def test_damage_is_named_however_it_is_read(read: Any, damaged: str, made: Path):
+    """With the array, the shard, and what mends it."""
+    path = shard(made, "residual", 1, 1)
+    if damaged == "gone":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[30] ^= 4
+        path.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"residual/scale0/image, shard \(1, 1\).*repair"):
+        read(cdd_dask.open_decomposition(made).residual)
+
+
+def test_what_is_checked_can_be_sent(made: Path):
+    """To workers, who check it, too."""
+    shutil.copy(shard(made, "residual", 0, 0), shard(made, "residual", 1, 1))
+    image = cdd_dask.open_decomposition(made, checked=True).residual
+    sent = pickle.loads(pickle.dumps(image))
+    assert sent[:10, :10].shape == (10, 10)
+    with pytest.raises(DamagedError, match="is not what its run wrote"):
+        sent[20, 20]
 
 
 def test_a_block_is_compared_once(made: Path, monkeypatch: pytest.MonkeyPatch):

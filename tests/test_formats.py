@@ -289,7 +289,81 @@ def test_a_virtual_dataset_whose_files_are_gone(tmp_path: Path):
     assert np.array_equal(whole(open_source(tmp_path / "in.h5")), VOLUME)
 
 
+def test_a_raw_file_that_is_truncated(tmp_path: Path):
+    """HDF5 would read what it lacks as the fill value."""
+    h5py = pytest.importorskip("h5py")
+    raw = tmp_path / "raw.bin"
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        size = VOLUME.size * 4
+        parts = [(str(raw), 8, size // 2), (str(raw), 8 + size // 2, h5py.h5f.UNLIMITED)]
+        file.create_dataset("a", VOLUME.shape, "f4", external=parts)[...] = VOLUME
+    assert np.array_equal(whole(open_source(tmp_path / "in.h5")), VOLUME)
+    raw.write_bytes(raw.read_bytes()[:-4])
+    with pytest.raises(SourceReadError, match=r"needs .*raw\.bin, which is truncated"):
+        open_source(tmp_path / "in.h5")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_unsigned_values_that_are_stored_as_signed(order: str, tmp_path: Path):
+    """As classic netCDF has to, which states blanks as they are stored."""
+    h5py = pytest.importorskip("h5py")
+    values = np.array([[1, 65534, 65535, 40000]] * 4, f"{order}u2")
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        dataset = file.create_dataset("a", data=values.view(f"{order}i2"))
+        dataset.attrs["_Unsigned"] = "true"
+        assert np.array_equal(whole(open_source(tmp_path / "in.h5")), values)
+        dataset.attrs["_FillValue"] = np.int16(-1)
+        file.flush()
+        found = whole(open_source(tmp_path / "in.h5"))[0]
+    assert np.array_equal(found, [1, 65534, np.nan, 40000], equal_nan=True)
+
+
+def test_several_values_that_are_missing(tmp_path: Path):
+    """CF has one number for it, or a list of them."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        dataset = file.create_dataset("a", data=np.array([[1, 2, -99, -98]] * 4, "f4"))
+        dataset.attrs["missing_value"] = np.array([-99, -98], "f4")
+    found = whole(open_source(tmp_path / "in.h5"))[0]
+    assert np.array_equal(found, [1, 2, np.nan, np.nan], equal_nan=True)
+
+
 # TIFF
+
+
+def test_a_file_of_an_image_that_is_gone(tmp_path: Path):
+    """tifffile would read its planes as zeros."""
+    tifffile = pytest.importorskip("tifffile")
+    planes = "".join(
+        f'<TiffData FirstZ="{z}" IFD="{z % 2}" PlaneCount="1"><UUID FileName="f{z // 2}.ome.tif">'
+        f"urn:uuid:{z // 2}</UUID></TiffData>"
+        for z in range(4)
+    )
+    values = np.arange(1, 257, dtype="u2").reshape(4, 8, 8)
+    for number in range(2):
+        xml = (
+            '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+            f'UUID="urn:uuid:{number}"><Image ID="Image:0"><Pixels ID="Pixels:0" Type="uint16" '
+            'DimensionOrder="XYZCT" SizeX="8" SizeY="8" SizeZ="4" SizeC="1" SizeT="1">'
+            f'<Channel ID="Channel:0:0"/>{planes}</Pixels></Image></OME>'
+        )
+        with tifffile.TiffWriter(tmp_path / f"f{number}.ome.tif", ome=False) as file:
+            for plane in range(2):
+                text = None if plane else xml
+                file.write(values[2 * number + plane], description=text, metadata=None)
+    assert np.array_equal(whole(open_source(tmp_path / "f0.ome.tif")), values)
+    (tmp_path / "f1.ome.tif").unlink()
+    with pytest.raises(SourceReadError, match="lacks pages: a file that its metadata name"):
+        open_source(tmp_path / "f0.ome.tif")
+
+
+def test_a_header_too_long_to_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The store would refuse it: it goes without, and says so."""
+    monkeypatch.setattr("cdd_dask.run.LONGEST_HEADER", 100)
+    path = tif(tmp_path / "in.tif", description="x" * 101, metadata=None)
+    result = cdd_dask.decompose(path, tmp_path / "out.zarr", **FAST)
+    assert result.attrs["source"]["header"] is None
+    assert cdd_dask.verify(tmp_path / "out.zarr", progress=False)
 
 
 def test_series_by_number(tmp_path: Path):

@@ -450,3 +450,18 @@ def test_no_secret_is_logged(
         monkeypatch.setattr(objects, "write_object", write)
     assert "sig=***" in caplog.text
     assert "SECRET" not in caplog.text
+
+
+def test_ctrl_c_while_a_lease_settles_gives_it_back(out: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else a notebook would lock itself out."""
+    put(out, process=2**22 + 1, born=1.0)
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.time, "sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            take(out)
+    assert Lease.read(str(out)) is None
+    take(out)

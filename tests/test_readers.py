@@ -433,3 +433,44 @@ def test_a_dask_array_is_computed_block_by_block(field: Any):
     assert computed == []
     source.read((slice(0, 7), slice(0, 20)))
     assert computed == [(7, 20)]
+
+
+# what is lost of a Zarr array
+
+
+def test_a_lost_block_of_our_own_is_no_zeros(field: Any, tmp_path: Path):
+    """A channel may be decomposed again; none of its blocks is one that was never written."""
+    out, again = tmp_path / "out.zarr", tmp_path / "again.zarr"
+    cdd_dask.decompose(field, out, progress=False, **OPTIONS)
+    cdd_dask.decompose(out / "residual/scale0/image", again, progress=False, **OPTIONS)
+    next(path for path in (out / "residual/scale0/image/c").rglob("*") if path.is_file()).unlink()
+    with pytest.raises(SourceReadError, match=r"shard .* is not there"):
+        cdd_dask.decompose(
+            out / "residual/scale0/image", again, overwrite=True, progress=False, **OPTIONS
+        )
+
+
+def test_an_unfinished_decomposition_is_no_source(field: Any, tmp_path: Path):
+    """It may hold zeros where nothing was written."""
+    out = tmp_path / "out.zarr"
+    cdd_dask.decompose(field, out, progress=False, **OPTIONS)
+    root = zarr.open_group(out, mode="r+")
+    root.attrs["cdd_dask"] = {**root.attrs["cdd_dask"], "complete": False}
+    with pytest.raises(InputError, match="part of a decomposition that is not complete"):
+        open_source(out / "channel_00/scale0/image")
+
+
+@pytest.mark.parametrize("more", [{"shards": (16, 16)}, {}, {"zarr_format": 2}])
+def test_an_empty_object_is_no_zeros(more: dict[str, Any], tmp_path: Path):
+    """A lost machine may leave such; one that is not there was never written."""
+    values = np.ones((32, 32), "f4")
+    options = {"chunks": (8, 8), "fill_value": 0.0, **more}
+    array = zarr.create_array(tmp_path / "in.zarr", data=values, **options)
+    key = array.metadata.encode_chunk_key((1, 1))
+    (tmp_path / "in.zarr" / key).write_bytes(b"")
+    source = open_source(tmp_path / "in.zarr")
+    for region in ((slice(0, 32),) * 2, (slice(9, 18),) * 2):
+        with pytest.raises(SourceReadError, match="is empty"):
+            source.read(region)
+    (tmp_path / "in.zarr" / key).unlink()
+    assert source.read((slice(0, 32),) * 2).min() == 0

@@ -300,3 +300,93 @@ def test_a_file_where_the_working_fields_go(before_task: Any, tmp_path: Path):
     work.write_text("a file")
     with pytest.raises(OutputAccessError, match=rf"{work} is in the way of working fields"):
         cdd_dask.decompose(source, out, **OPTIONS)
+
+
+# what a lost machine, or somebody, has done to metadata
+
+
+@pytest.fixture
+def half(before_task: Any, tmp_path: Path) -> tuple[Path, Path]:
+    """A source, and an output that was stopped."""
+    source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
+    np.save(source, FIELD)
+    before_task(21, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **OPTIONS)
+    return source, out
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\0\0\0", b"[]"])
+def test_a_working_array_without_metadata_is_none(content: bytes, half: tuple[Path, Path]):
+    """It is made anew, from what it was made of."""
+    source, out = half
+    for document in (out / "work").glob("*/zarr.json"):
+        document.write_bytes(content)
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert_whole(out, source)
+
+
+def test_a_torn_root_of_the_working_fields_is_written_again(before_task: Any, tmp_path: Path):
+    """Where they have a store of their own."""
+    source, out, scratch = (tmp_path / name for name in ("field.npy", "out.zarr", "scratch"))
+    np.save(source, FIELD)
+    scratch.mkdir()
+    before_task(21, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **OPTIONS, scratch=scratch)
+    (work,) = scratch.iterdir()
+    (work / "zarr.json").write_bytes(b"")
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert_whole(out, source)
+
+
+def test_an_edited_root_gives_way_to_its_copy(half: tuple[Path, Path]):
+    """Which is sealed, as it was."""
+    source, out = half
+    document = json.loads((out / "zarr.json").read_text())
+    document["attributes"]["cdd_dask"]["edges"][1] += 1
+    (out / "zarr.json").write_text(json.dumps(document))
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert_whole(out, source)
+
+
+def test_a_damaged_coordinate_is_written_again(half: tuple[Path, Path]):
+    """It would be damage of the finished output."""
+    source, out = half
+    path = out / "channel_00/scale0/y/c/0"
+    path.write_bytes(path.read_bytes()[:-3] + b"\1\2\3")
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert_whole(out, source)
+
+
+def test_scratch_goes_with_its_output_whoever_took_it_last(
+    before_task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run that went on was killed before the output knew of it."""
+    source, out, scratch = (tmp_path / name for name in ("field.npy", "out.zarr", "scratch"))
+    np.save(source, FIELD)
+    scratch.mkdir()
+    before_task(12, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **OPTIONS, scratch=scratch)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_attributes", lambda *_: stop())
+        with pytest.raises(Stopped):
+            cdd_dask.decompose(source, out, **OPTIONS)
+    cdd_dask.decompose(source, out, **OPTIONS, overwrite=True)
+    assert not [*scratch.iterdir()]
+
+
+def test_axes_keep_their_names(before_task: Any, tmp_path: Path):
+    """Those of the source that the output was begun with."""
+    xarray = pytest.importorskip("xarray")
+    out = tmp_path / "out.zarr"
+    before_task(12, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(xarray.DataArray(FIELD, dims=("v", "x")), out, **OPTIONS)
+    before_task(10**9, stop)
+    cdd_dask.decompose(xarray.DataArray(FIELD), out, **OPTIONS)
+    for group in ("channel_00", "residual"):
+        names = {path.name for path in (out / group / "scale0").iterdir()}
+        assert names == {"image", "v", "x", "zarr.json"}
+    cdd_dask.verify(out, xarray.DataArray(FIELD), progress=False)

@@ -74,6 +74,17 @@ def test_a_flipped_bit_is_named(made: tuple[Path, Path]):
         verify(made[1], progress=False)
 
 
+@pytest.mark.parametrize("options", [{"constrained": False}, {"inverted": True}])
+def test_a_value_beyond_the_faces_counts(options: dict[str, bool], tmp_path: Path):
+    """What rounds is what the smoothing mixes: with `cval` far above the field, that."""
+    field = np.random.default_rng(0).lognormal(size=SHAPE).astype("f4")
+    out, more = tmp_path / "out.zarr", {"boundary": "constant", "cval": 1e4, **options}
+    cdd_dask.decompose(field, out, max_scale=4, block=(10, 10), progress=False, **more)
+    found = verify(out, field, progress=False)
+    assert found.worst_ulp <= 4
+    assert found.ulp == np.spacing(np.float32(1e4))
+
+
 def test_the_source_must_be_known_and_match(made: tuple[Path, Path], tmp_path: Path):
     """An array in memory has to be given again, and another shape is refused."""
     field = np.load(made[0])

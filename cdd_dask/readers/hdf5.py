@@ -221,7 +221,7 @@ class _Dataset:
         with _open(self._path) as file:
             stored = np.asarray(file[self._name][tuple(where)])
         if self._stored.kind == "u":
-            stored = stored.view(f"u{stored.itemsize}")
+            stored = stored.view(self._stored)
         values = stored.astype(self.dtype)
         if self._scale != (1, 0):
             values = values * self._scale[0] + self._scale[1]
