@@ -48,7 +48,7 @@ class WholeStore(WrapperStore[Store]):
         chunk = CHUNK.fullmatch(key)
         if chunk is None:
             return await self._store.get(key, prototype, byte_range)
-        path, place = chunk[1] or "source", tuple(map(int, chunk[2][1:].split("/")))
+        path, place = f"{chunk[1]}, " * bool(chunk[1]), tuple(map(int, chunk[2][1:].split("/")))
         if self._prove is not None:
             async with self._one_by_one:
                 if place not in self._proven:
@@ -57,7 +57,7 @@ class WholeStore(WrapperStore[Store]):
         found = await self._store.get(key, prototype, byte_range)
         if not found:  # Zarr reads an empty one as zeros, too
             problem = "is not there" if found is None else "is empty"
-            raise DamagedError(f"{path}, shard {place} {problem}{self._remedy}")
+            raise DamagedError(f"{path}shard {place} {problem}{self._remedy}")
         return found
 
 

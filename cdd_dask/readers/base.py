@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cdd_dask.addresses import UNPRINTABLE
 from cdd_dask.blocks import Region
-from cdd_dask.errors import CddError, InputError, SourceReadError
+from cdd_dask.errors import CddError, DamagedError, InputError, SourceReadError
 from cdd_dask.memory import available_memory, format_bytes
 from cdd_dask.parameters import MAX_NDIM
 
@@ -85,6 +85,8 @@ class Source:
         """
         try:
             values = self.fetch(region)
+        except DamagedError as error:  # of a decomposition
+            raise SourceReadError(f"{self.description} cannot be read: {error}") from error
         except CddError:
             raise
         except Exception as error:  # damaged data make a library fail in any way
