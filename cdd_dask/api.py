@@ -15,7 +15,7 @@ from typing import Any
 from cdd_dask import store
 from cdd_dask.calibration import calibrate as run_calibration
 from cdd_dask.decomposition import Decomposition, open_decomposition
-from cdd_dask.errors import CddError, InputError, OutputAccessError, OutputExistsError, StoreError
+from cdd_dask.errors import CddError, InputError, OutputAccessError, OutputExistsError
 from cdd_dask.executors import IN_PROCESS, start_executor
 from cdd_dask.identity import check_same, identity_of, source_identity
 from cdd_dask.lease import Lease
@@ -466,7 +466,7 @@ def _block(block: Sequence[int] | int | None, ndim: int) -> tuple[int, ...] | No
 def _clean_up_after_others(made: Plan, begun: Begun) -> None:
     """Remove what a run leaves that is killed when its output is complete, the lease at last."""
     address, known = begun.address, begun.attributes
-    with suppress(OSError, StoreError):  # it stays then, and does no harm
+    with suppress(OSError, ValueError, ImportError):  # it stays then, and does no harm
         if Lease.read(address) is not None or has_leftovers(made, address, known["scratch"]):
             with Lease(address):
                 clean_up(made, address, known["run"])

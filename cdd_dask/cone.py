@@ -52,6 +52,8 @@ def reads_of(plan: Plan, one: Pass, blocks: set[int]) -> dict[str, set[int] | No
     reads, _ = uses(plan, one)
     if not blocks:
         return {}
+    if len(blocks) == one.tasks:
+        return dict.fromkeys(reads, None)
     if one.kind == "diffuse":
         stage = next(stage for stage in plan.stages if stage.number == one.stages[0])
         around: set[int] = set()

@@ -142,10 +142,12 @@ def change_of(known: dict[str, Any], source: Source) -> str:
     SourceReadError
         If the source cannot be read.
     """
-    wanted, given = (
-        {"source": {name: one[name] for name in CONTENT}}
-        for one in (known, source_identity(source))
-    )
+    return content_change(known, source_identity(source))
+
+
+def content_change(known: dict[str, Any], found: dict[str, Any]) -> str:
+    """What decides values and differs between two identities of sources; "" if nothing does."""
+    wanted, given = ({"source": {name: one[name] for name in CONTENT}} for one in (known, found))
     return difference_of(wanted, given)
 
 

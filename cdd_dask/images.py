@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,28 @@ import zarr
 
 from cdd_dask.errors import CddError, DamagedError
 from cdd_dask.store import checksum, shard_damage
-from cdd_dask.whole import Place, whole_array
+from cdd_dask.whole import whole_array
 
 REMEDY = ": `cdd-dask verify` lists all damage, `cdd-dask repair` mends it"
+
+Place = tuple[int, ...]
+"""Of a shard in its array."""
 
 
 class Image(zarr.Array[Any]):
     """A Zarr array that names the shard and the chunk which it cannot read."""
 
+    _checksums: Mapping[Place, str] | None = None
+    """Of what shards must be, by their place; None if they are not compared."""
+    _proven: set[Place]
+    """Those that were."""
+
     @classmethod
     def of(cls, array: zarr.Array[Any], checksums: Mapping[Place, str] | None = None) -> Image:
         """The same array, whose chunks are all there, and if given have these `checksums`."""
-        prove = None if checksums is None else partial(_prove, array, checksums)
-        return cls(whole_array(array, prove, REMEDY))
+        image = cls(whole_array(array, REMEDY))
+        image._checksums, image._proven = checksums, set[Place]()
+        return image
 
     # what `array[…]`, `array.oindex[…]`, `array.vindex[…]` and `array.blocks[…]` come down to
 
@@ -39,29 +47,38 @@ class Image(zarr.Array[Any]):
         return self._selected(super().get_orthogonal_selection, selection, options, selection)
 
     def get_mask_selection(self, mask: Any, **options: Any) -> Any:
-        return self._selected(super().get_mask_selection, mask, options)
+        inside = np.nonzero(mask[0] if isinstance(mask, tuple) else mask)
+        return self._selected(super().get_mask_selection, mask, options, inside)
 
     def get_coordinate_selection(self, selection: Any, **options: Any) -> Any:
-        return self._selected(super().get_coordinate_selection, selection, options)
+        return self._selected(super().get_coordinate_selection, selection, options, selection)
 
     def get_block_selection(self, selection: Any, **options: Any) -> Any:
-        return self._selected(super().get_block_selection, selection, options)
+        return self._selected(super().get_block_selection, selection, options, selection, True)
 
     def _selected(
         self,
         select: Callable[..., Any],
         selection: Any,
         options: dict[str, Any],
-        within: Any = Ellipsis,
+        where: Any,
+        by_chunks: bool = False,
     ) -> Any:
-        """What is selected; damage to the shards `within` which it lies is told."""
+        """What is selected; damage to a shard of it is told."""
+        # in the thread that asks: Zarr's own must not wait for what they have to do themselves
+        places = _shards_of(self, where, by_chunks)
+        plain = zarr.Array(self.async_array)
+        if self._checksums is not None:
+            for place in places:
+                if place not in self._proven:
+                    _prove(plain, self._checksums, place)
+                    self._proven.add(place)
         try:
             return select(selection, **options)
-        except (CddError, IndexError):
+        except (CddError, IndexError, TypeError, MemoryError):
             raise
         except Exception as error:  # damaged shards make Zarr fail in any way
-            plain = zarr.Array(self.async_array)
-            for place in _shards_of(plain, within):
+            for place in places:
                 if damage := shard_damage(plain, place):
                     raise DamagedError(f"{self.path}, {damage}{REMEDY}") from error
             raise
@@ -69,26 +86,39 @@ class Image(zarr.Array[Any]):
 
 def _prove(array: zarr.Array[Any], checksums: Mapping[Place, str], place: Place) -> None:
     """Raise `DamagedError` for a shard that is not what its run wrote."""
-    if damage := shard_damage(array, place):
-        raise DamagedError(f"{array.path}, {damage}{REMEDY}")
     unit = array.shards or array.chunks
     region = tuple(
         slice(p * u, min((p + 1) * u, n)) for p, u, n in zip(place, unit, array.shape, strict=True)
     )
-    if checksum(np.asarray(array[region])) != checksums.get(place):
+    try:
+        found = checksum(np.asarray(array[region]))
+    except Exception as error:
+        if damage := shard_damage(array, place):
+            raise DamagedError(f"{array.path}, {damage}{REMEDY}") from error
+        raise
+    if place not in checksums:
+        raise DamagedError(f"{array.path}, shard {place} has no done mark{REMEDY}")
+    if found != checksums[place]:
         raise DamagedError(f"{array.path}, shard {place} is not what its run wrote{REMEDY}")
 
 
-def _shards_of(array: zarr.Array[Any], selection: Any) -> list[Place]:
-    """Places of the shards that numbers, slices or an ellipsis for each axis select of."""
+def _shards_of(array: zarr.Array[Any], selection: Any, by_chunks: bool) -> list[Place]:
+    """Places of the shards that numbers, slices, lists or an ellipsis select voxels or chunks of.
+
+    Of all shards for what cannot be understood, which Zarr refuses.
+    """
     parts = list(selection) if isinstance(selection, tuple) else [selection]
     if not any(part is Ellipsis for part in parts):
         parts.append(Ellipsis)
     gap = next(i for i, part in enumerate(parts) if part is Ellipsis)
     parts[gap : gap + 1] = [slice(None)] * (array.ndim - len(parts) + 1)
     unit = array.shards or array.chunks
-    along = [
-        np.unique(np.atleast_1d(np.arange(n)[part]) // u).tolist()
-        for part, n, u in zip(parts, array.shape, unit, strict=True)
-    ]
+    steps = array.chunks if by_chunks else (1,) * array.ndim
+    try:
+        along = [
+            np.unique(np.arange(0, n, step)[part] // u).tolist()
+            for part, n, u, step in zip(parts, array.shape, unit, steps, strict=True)
+        ]
+    except (ValueError, TypeError, IndexError):
+        along = [list(range(-(-n // u))) for n, u in zip(array.shape, unit, strict=True)]
     return list(itertools.product(*along))

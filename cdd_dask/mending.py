@@ -18,7 +18,7 @@ from cdd_dask import layout, objects, store
 from cdd_dask.cone import cone
 from cdd_dask.errors import BudgetError, CddError, OutputAccessError, RunError
 from cdd_dask.executors.serial import SerialExecutor
-from cdd_dask.identity import change_of, difference_of, source_identity
+from cdd_dask.identity import content_change, difference_of, source_identity
 from cdd_dask.lease import Lease
 from cdd_dask.marks import Mark, gather_marks, read_marks
 from cdd_dask.memory import available_memory, byte_count, format_bytes
@@ -166,17 +166,19 @@ class _Mender:
                 shown.advance(1)
         if not found:
             return
+        known = self._ledger.attributes["identity"]["source"]
         try:
             opened = source_of(self._ledger.attributes["source"], self._plan.volume.shape, source)
+            found_now = source_identity(opened)
         except (CddError, OSError) as error:
             self.impossible += [
                 (damage, f"no source to compute it from: {error}") for damage in found
             ]
             return
         why = "computed again it is not what its run wrote"
-        known = self._ledger.attributes["identity"]["source"]
-        why += f": {difference_of(known, source_identity(opened)) or 'other versions or machine'}"
-        if difference := change_of(known, opened):
+        here = {**found_now, "address": known.get("address")}  # it may have been moved
+        why += f": {difference_of(known, here) or 'other versions or machine'}"
+        if difference := content_change(known, found_now):
             why = f"the source is another one, it had {difference}"
             if not self._may_be_source(opened, {damage.block for damage in found}):
                 self.impossible += [(damage, why) for damage in found]
@@ -205,9 +207,12 @@ class _Mender:
             run = prepare_store(plan, source, again, known["identity"])
             needed = cone(plan, wanted)
             carry_out(plan, source, again, run, pool, shown, needed, Totals(), nature, self._check)
-            return [damage for damage in found if not self._copied(again, damage, only_proven)]
+            marks = {number: read_marks(again, self._fingerprint, number) for number in wanted}
+            return [one for one in found if not self._copied(again, marks, one, only_proven)]
 
-    def _copied(self, again: str, damage: Damage, only_proven: bool) -> bool:
+    def _copied(
+        self, again: str, marks: dict[int, dict[int, Mark]], damage: Damage, only_proven: bool
+    ) -> bool:
         """Put a block that was computed again in the place of a damaged one, if it is the same."""
         path, core = store.image_path(damage.output), self._plan.grid.core(damage.block)
         number = self._ledger.writers[damage.output]
@@ -224,8 +229,7 @@ class _Mender:
         else:
             self._write(path, damage.block, values)
         if expected is None:
-            marks = read_marks(again, self._fingerprint, number)
-            self._ledger.marks[number][damage.block] = marks[damage.block]
+            self._ledger.marks[number][damage.block] = marks[number][damage.block]
         self.repaired.append(damage)
         return True
 

@@ -74,7 +74,7 @@ class Begun:
             Identity of the source as it is now.
         scratch
             Folder in which working fields shall lie; None leaves them where they are. Another one
-            than before is taken if they were moved there.
+            than before is taken if they were moved there, or are lost.
 
         Raises
         ------
@@ -103,16 +103,22 @@ class Begun:
         if block is not None:
             wanted["block"] = list(volume.grid(block).block)
         check_same(begun, wanted, self.address)
-        if scratch is not None and not self._was_moved_to(scratch):
+        if not (scratch is None or self.complete or self._may_move_to(scratch)):
             check_same({"scratch": self.scratch}, {"scratch": scratch}, self.address)
         if not self.complete:
             self._check_resources(plan, volume)
         return plan
 
-    def _was_moved_to(self, scratch: str) -> bool:
-        """Whether the store of the working fields lies in this folder by now."""
-        name = (self.attributes["scratch"] or "").rpartition("/")[2]
-        return bool(name) and has_object(f"{scratch}/{name}", ROOT)
+    def _may_move_to(self, scratch: str) -> bool:
+        """Whether the store of the working fields lies in this folder by now, or is lost."""
+        known: str | None = self.attributes["scratch"]
+        if known is None:
+            return False
+        try:
+            there = has_object(known, ROOT)
+        except OSError:  # on another machine's disk
+            there = False
+        return not there or has_object(f"{scratch}/{known.rpartition('/')[2]}", ROOT)
 
     def _check_resources(self, plan: Plan, volume: Volume) -> None:
         resources = plan.resources
@@ -218,14 +224,16 @@ def _torn_outputs(plan: Plan, address: str, marks: list[dict[int, Mark]]) -> lis
     reads an output. Objects at URLs come to be whole.
     """
     torn: list[set[int]] = [set() for _ in marks]
-    written = [
-        (store.write_time(address, path, plan.grid.index(block)), number, path, block)
-        for number, one in enumerate(plan.passes)
-        for path in _image_paths(plan, outputs(plan, one))
-        for block in marks[number]
-    ]
-    newest = max((one[0] for one in written), default=0.0)
-    late = [one for one in written if one[0] > max(newest - SECONDS_TO_SYNC, 0.0)]
+    newest = 0.0
+    written: list[tuple[float, int, str, int]] = []  # of all blocks but those surely too old
+    for number, one in enumerate(plan.passes):
+        for path in _image_paths(plan, outputs(plan, one)):
+            for block in marks[number]:
+                moment = store.write_time(address, path, plan.grid.index(block))
+                newest = max(newest, moment)
+                if moment > max(newest - SECONDS_TO_SYNC, 0.0):
+                    written.append((moment, number, path, block))
+    late = [one for one in written if one[0] > newest - SECONDS_TO_SYNC]
     if late:
         log.info("checking the %d shards that were written last", len(late))
     for _, number, path, block in late:

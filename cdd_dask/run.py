@@ -7,7 +7,7 @@ import logging
 import platform
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import astuple, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -190,6 +190,7 @@ def execute(
 
         def unchanged(number: int) -> None:
             if change := _source_change(address, attributes, source):
+                store.root_of_run(address, run)
                 drop_marks(address, attributes["fingerprint"], number, left[number])
                 raise RunError(
                     f"the run stopped, for {source.description} was written while blocks of it "
@@ -292,8 +293,8 @@ def carry_out(
     """Run the blocks that are `left` of every pass, and add up what is known of all that are done.
 
     The `nature` of the source is what the first pass finds, unless it is given. When blocks of a
-    pass have read the source, `unchanged` is called with its number: it raises where the source
-    is not what it was.
+    pass have read the source, `unchanged` is called with its number, also if the pass was stopped:
+    it raises where the source is not what it was.
     """
     fingerprint = store.attributes_of(address, run)["fingerprint"]
     arrays = WorkArrays(plan, address, run)
@@ -306,7 +307,13 @@ def carry_out(
             arrays.make(number, batch.nature)
             start_marks(address, number)
             blocks = sorted(left[number])
-            marks |= _run_pass(plan, source, batch, blocks, executor, progress, check)
+            try:
+                marks |= _run_pass(plan, source, batch, blocks, executor, progress, check)
+            except BaseException:
+                if reads_source(plan, one):
+                    with suppress(OSError, StoreError):  # what stopped the pass is what to tell
+                        unchanged(number)
+                raise
             if reads_source(plan, one):
                 unchanged(number)
         # also those of a run that was stopped after the last block

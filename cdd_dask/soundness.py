@@ -82,7 +82,12 @@ class Ledger:
             problem = error
         copies = read_copy(address)
         places = {"zarr.json": _attributes(address, ""), f"{FOLDER}/zarr.json": copies.get("")}
-        sound = {key: held for key, held in places.items() if is_sealed(held)}
+        # an output's attributes are sealed, too
+        sound = {
+            key: held
+            for key, held in places.items()
+            if is_sealed(held) and "format_version" in held
+        }
         if not sound:
             raise problem or StoreError(
                 f"{address} cannot be relied on: the attributes of its root and their copy in "

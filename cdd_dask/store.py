@@ -191,7 +191,9 @@ def attributes_of(address: str, run: str) -> dict[str, Any]:
 def take_scratch(address: str, run: str, output: str) -> None:
     """Make a store of working arrays this run's, for `output`; it is made anew if it is gone."""
     if "://" not in address and not Path(address).parent.is_dir():  # never made: who named it?
-        raise OutputAccessError(f"scratch={Path(address).parent} is no folder: make it first")
+        raise OutputAccessError(
+            f"scratch={Path(address).parent} is no folder: make it first, or name another one"
+        )
     known = {"format_version": FORMAT_VERSION, "run": run, "output": output}
     try:
         write_group(address, "", {KEY: known})
@@ -464,7 +466,10 @@ def _codecs() -> list[Any]:
 def _open_array(address: str, path: str, mode: str = "r") -> zarr.Array[Any]:
     import zarr
 
-    return zarr.open_array(store_of(address), path=path, mode=mode, zarr_format=3)
+    try:
+        return zarr.open_array(store_of(address), path=path, mode=mode, zarr_format=3)
+    except (ValueError, KeyError, TypeError) as error:  # no JSON, or nothing that Zarr knows
+        raise StoreError(f"{address}: the metadata of {path} cannot be used: {error}") from error
 
 
 def finish_store(

@@ -353,7 +353,7 @@ def _both_copies(patient: Patient) -> str:
 @damage("both copies of an output")
 def _both_copies_of_group(patient: Patient) -> str:
     """Edited in the same way."""
-    path = patient.random.choice(patient.files("*/zarr.json")[1:])
+    path = patient.random.choice(patient.files("*/scale0/zarr.json")).parents[1] / "zarr.json"
     for one in (path, patient.path / "done" / "zarr.json"):
         document = json.loads(one.read_text())
         held = document["attributes"]["cdd_dask"]

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -271,7 +272,7 @@ def test_a_source_that_differs_just_there(
 ):
     """All other blocks agree with it; the statistics of the damaged one do not."""
     if size == "large":  # told by samples: between them nobody looks
-        monkeypatch.setattr(mending, "change_of", lambda known, source: "")
+        monkeypatch.setattr(mending, "content_change", lambda known, found: "")
     field = np.load(halos.parent / "field.npy")
     field[24, 24] += 1000
     np.save(tmp_path / "other.npy", field)
@@ -403,6 +404,39 @@ def test_damage_is_named_however_it_is_read(read: Any, damaged: str, made: Path)
         path.write_bytes(data)
     with pytest.raises(DamagedError, match=r"residual/scale0/image, shard \(1, 1\).*repair"):
         read(cdd_dask.open_decomposition(made).residual)
+
+
+def test_many_readers_of_checked_channels(made: Path):
+    """More than Zarr has threads: none waits for what it would have to do itself."""
+    result = cdd_dask.open_decomposition(made, checked=True)
+    parts, found = [*result.channels, result.residual] * 4, []
+    threads = [threading.Thread(target=lambda one=one: found.append(one[...])) for one in parts]
+    with zarr.config.set({"threading.max_workers": 1}):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert len(found) == len(parts)
+
+
+def test_another_sealed_document_is_no_root(made: Path, halos: Path):
+    """An output's attributes have a seal, too; the copy of the root's is sound."""
+    shutil.copy(made / "residual/zarr.json", made / "zarr.json")
+    with pytest.raises(VerificationError, match=r"zarr\.json has other attributes"):
+        cdd_dask.verify(made, progress=False)
+    assert cdd_dask.repair(made, progress=False).repaired
+    assert damage.files_of(halos) == damage.files_of(made)
+
+
+def test_storage_transformers_are_refused(made: Path, halos: Path):
+    """Zarr itself looks at them only sometimes."""
+    edited(
+        made / "channel_00/scale0/image/zarr.json",
+        lambda document: document.update(storage_transformers=[1]),
+    )
+    options = damage.BASE | damage.STORES["halos"][2]
+    with pytest.raises(StoreError, match="storage transformers"):
+        cdd_dask.decompose(halos.parent / "field.npy", made, **options)
 
 
 def test_what_is_checked_can_be_sent(made: Path):

@@ -303,6 +303,13 @@ def test_a_raw_file_that_is_truncated(tmp_path: Path):
         open_source(tmp_path / "in.h5")
 
 
+@pytest.mark.parametrize("dtype", [">u2", ">u4", "<u2", "u1", ">i4"])
+def test_any_byte_order(dtype: str, tmp_path: Path):
+    """Whatever is stored is what is read."""
+    values = np.arange(200).reshape(10, 20).astype(dtype)
+    assert np.array_equal(whole(open_source(h5(tmp_path / "in.h5", a=values))), values)
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_unsigned_values_that_are_stored_as_signed(order: str, tmp_path: Path):
     """As classic netCDF has to, which states blanks as they are stored."""

@@ -450,6 +450,14 @@ def test_a_lost_block_of_our_own_is_no_zeros(field: Any, tmp_path: Path):
         )
 
 
+def test_what_lies_beside_the_outputs_is_the_user_s(field: Any, tmp_path: Path):
+    """A sparse array in our folder has chunks that were never written."""
+    cdd_dask.decompose(field, tmp_path / "out.zarr", progress=False, **OPTIONS)
+    path = tmp_path / "out.zarr/mask/scale0/image"
+    zarr.create_array(path, shape=(32, 32), chunks=(8, 8), dtype="f4", fill_value=0.0)[:8] = 1
+    assert open_source(path).read((slice(0, 32),) * 2).sum() == 8 * 32
+
+
 def test_an_unfinished_decomposition_is_no_source(field: Any, tmp_path: Path):
     """It may hold zeros where nothing was written."""
     out = tmp_path / "out.zarr"

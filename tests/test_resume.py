@@ -193,6 +193,10 @@ def test_another_parameter_is_refused(
     source, out = begun[0], begun[1] / ("finished.zarr" if finished else "half.zarr")
     change, message = MUTATIONS[name]
     before = snapshot(out)
+    if finished and name == "scratch":  # nothing is left that would lie there
+        cdd_dask.decompose(source, out, **{**BASE, "max_scale": 4, "engine": "cpu", **change})
+        assert snapshot(out) == before
+        return
     with pytest.raises(DifferentRunError, match=message):
         cdd_dask.decompose(source, out, **{**BASE, "max_scale": 4, "engine": "cpu", **change})
     assert not executed

@@ -269,7 +269,7 @@ def test_only_what_is_needed_is_made_again(before_task: Any, tmp_path: Path):
 
 
 def test_output_and_scratch_may_move(before_task: Any, tmp_path: Path):
-    """Wherever the working fields lie by now; a folder without them is another one."""
+    """Wherever the working fields lie by now; one without them is refused."""
     source, here, there = (tmp_path / name for name in ("field.npy", "here", "there"))
     np.save(source, FIELD)
     (here / "scratch").mkdir(parents=True)
@@ -277,14 +277,56 @@ def test_output_and_scratch_may_move(before_task: Any, tmp_path: Path):
     executed = before_task(21, stop)
     with pytest.raises(Stopped):
         cdd_dask.decompose(source, here / "out.zarr", **OPTIONS, scratch=here / "scratch")
-    here.rename(there)
     with pytest.raises(DifferentRunError, match=r"scratch=.*here/scratch.*now scratch=.*empty"):
-        cdd_dask.decompose(source, there / "out.zarr", **OPTIONS, scratch=tmp_path / "empty")
+        cdd_dask.decompose(source, here / "out.zarr", **OPTIONS, scratch=tmp_path / "empty")
+    here.rename(there)
     again = before_task(10**9, stop)
     cdd_dask.decompose(source, there / "out.zarr", **OPTIONS, scratch=there / "scratch/")
     assert not set(again) & set(executed)
     assert not [*(there / "scratch").iterdir()]
     assert_whole(there / "out.zarr", source)
+
+
+def test_a_scratch_that_is_lost(before_task: Any, tmp_path: Path):
+    """With the machine that it was on: another one will do, and what is needed is made again."""
+    source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
+    np.save(source, FIELD)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    before_task(21, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **OPTIONS, scratch=tmp_path / "one")
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(OutputAccessError, match="is no folder: make it first, or name another"):
+        cdd_dask.decompose(source, out, **OPTIONS)
+    cdd_dask.decompose(source, out, **OPTIONS, scratch=tmp_path / "two")
+    assert not [*(tmp_path / "two").iterdir()]
+    assert_whole(out, source)
+
+
+def test_a_source_that_changes_in_a_pass_that_is_stopped(before_task: Any, tmp_path: Path):
+    """Its blocks are done, and must not count when the source is what it was again."""
+    field, out = FIELD.copy(), tmp_path / "out.zarr"
+    before_task(3, lambda: write(field, 7.0))
+    executed: list[Any] = []
+    original = run.run_task
+
+    def task(one: Any) -> Any:
+        if len(executed) == 7:
+            executed.append(None)
+            raise KeyboardInterrupt
+        executed.append((one.number, one.block))
+        return original(one)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "run_task", task)
+        with pytest.raises(RunError, match="was written while"):
+            cdd_dask.decompose(field, out, **OPTIONS)
+    assert len(executed) == 8
+    write(field, float(FIELD[17, 3]))
+    before_task(10**9, stop)
+    cdd_dask.decompose(field, out, **OPTIONS)
+    assert_whole(out, field)
 
 
 def test_a_file_where_the_working_fields_go(before_task: Any, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from zarr.abc.store import Store
 from zarr.storage import StorePath, WrapperStore
 
 from cdd_dask.errors import InputError, SourceNotFoundError, SourceReadError
-from cdd_dask.marks import KEY
+from cdd_dask.marks import KEY, read_copy
 from cdd_dask.objects import read_attributes, store_of
 from cdd_dask.readers.base import Source
 from cdd_dask.readers.regions import read_region
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
+OUTPUT = re.compile(r"/(?:channel_\d{2,}|residual)/scale0/image$")
+"""Where an output of ours lies in its store."""
 LEVELS_ABOVE = 3
 """How far above an array the group may be whose metadata tell of it."""
 
@@ -102,18 +105,18 @@ class _NoEmpty(WrapperStore[Store]):
     ) -> Buffer | None:
         found = await self._store.get(key, prototype, byte_range)
         if found is not None and not found:
-            raise SourceReadError(f"{key} is empty")
+            raise SourceReadError(f"{self._store}/{key} is empty")
         return found
 
 
 def _whole(array: zarr.Array[Any], address: str) -> zarr.Array[Any]:
-    """The same array, whose lost chunks are no zeros: of those it was made with none are left out.
+    """The same array, whose lost chunks are no zeros if it is an output of ours.
 
     In general a chunk that is not there is one that was never written.
     """
-    above = (read_attributes(parent, "") for parent in _parents(address))
-    for known in (held[KEY] for held in above if held and KEY in held):
-        if isinstance(known, dict) and "format_version" in known:
+    if OUTPUT.search(address.rstrip("/")):
+        *_, root = _parents(address)
+        if (known := _decomposition(root)) is not None:
             if known.get("complete") is not True:
                 raise InputError(
                     f"{address} is part of a decomposition that is not complete: let it end first"
@@ -121,6 +124,16 @@ def _whole(array: zarr.Array[Any], address: str) -> zarr.Array[Any]:
             return zarr.Array(whole_array(array))
     place = StorePath(_NoEmpty(array.store), array.path)
     return zarr.Array(AsyncArray(array.metadata, place, array.config))
+
+
+def _decomposition(root: str) -> dict[str, Any] | None:
+    """What a store of ours remembers at `root`, as well as its copy; None where there is none."""
+    try:
+        held = (read_attributes(root, "") or {}).get(KEY)
+        found = held or read_copy(root).get("")
+    except OSError:  # it may not be looked at, as on S3 without the right to list
+        return None
+    return found if isinstance(found, dict) and "format_version" in found else None
 
 
 def _parents(address: str) -> Iterator[str]:
