@@ -207,7 +207,9 @@ class _Mender:
             run = prepare_store(plan, source, again, known["identity"])
             needed = cone(plan, wanted)
             carry_out(plan, source, again, run, pool, shown, needed, Totals(), nature, self._check)
-            marks = {number: read_marks(again, self._fingerprint, number) for number in wanted}
+            # of the identity as it is stored, which somebody may have sealed anew
+            fingerprint = store.attributes_of(again, run)["fingerprint"]
+            marks = {number: read_marks(again, fingerprint, number) for number in wanted}
             return [one for one in found if not self._copied(again, marks, one, only_proven)]
 
     def _copied(

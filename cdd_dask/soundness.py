@@ -86,7 +86,7 @@ class Ledger:
         sound = {
             key: held
             for key, held in places.items()
-            if is_sealed(held) and "format_version" in held
+            if is_sealed(held) and isinstance(held.get("fingerprint"), str)
         }
         if not sound:
             raise problem or StoreError(
