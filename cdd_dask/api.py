@@ -232,7 +232,7 @@ def decompose(
         begun = None if overwrite else find_begun(address)
         if begun is not None:
             made = begun.plan(*request, identity, folder)
-            folder = begun.scratch if folder is None else folder
+            folder = folder or begun.scratch
             if begun.complete:
                 _clean_up_after_others(made, begun)
                 result = open_decomposition(address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -50,10 +51,28 @@ class Grid:
 
     def core(self, number: int) -> Region:
         """The voxels that block `number` writes."""
+        return self.core_at(self.index(number))
+
+    def core_at(self, index: tuple[int, ...]) -> Region:
+        """The voxels of the block at a position in the grid."""
         return tuple(
             slice(i * b, min((i + 1) * b, n))
-            for i, b, n in zip(self.index(number), self.block, self.shape, strict=True)
+            for i, b, n in zip(index, self.block, self.shape, strict=True)
         )
+
+    def touched(self, region: Region) -> list[tuple[int, ...]]:
+        """Positions of the blocks that a region touches, which may run beyond the volume.
+
+        Examples
+        --------
+        >>> Grid((10, 4), (4, 4)).touched((slice(-1, 5), slice(0, 4)))
+        [(0, 0), (1, 0), (2, 0)]
+        """
+        along = [
+            sorted({source.start // b for _, source in pieces(s.start, s.stop, n, b)})
+            for s, n, b in zip(region, self.shape, self.block, strict=True)
+        ]
+        return list(itertools.product(*along))
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def doctor(
                 block = None if options.get("block") is None else made.block
                 request = made.parameters, made.volume, made.resources, block
                 made = begun.plan(*request, source_identity(opened), folder)
-                folder = begun.scratch if folder is None else folder
+                folder = folder or begun.scratch
         if folder is not None and begun is None:
             check_scratch(folder, address, made)
     except CddError as error:

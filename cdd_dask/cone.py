@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cdd_dask.blocks import Grid, Region, pieces, with_halo
+from cdd_dask.blocks import with_halo
 from cdd_dask.plans import Pass, Plan
 from cdd_dask.working import uses
 
@@ -60,24 +60,8 @@ def reads_of(plan: Plan, one: Pass, blocks: set[int]) -> dict[str, set[int] | No
         for block in blocks:
             shape, boundary = plan.grid.shape, plan.parameters.boundary
             halo = with_halo(plan.grid.core(block), shape, stage.blank_depth, boundary)
-            around |= touched_blocks(plan.grid, halo.outer)
+            touched = np.array(plan.grid.touched(halo.outer)).T
+            around |= set(np.ravel_multi_index(tuple(touched), plan.grid.counts).tolist())
         return dict.fromkeys(reads, around)
     by_voxels = one.kind in ("gather", "scatter", "relax")
     return {name: blocks if by_voxels and name.startswith("field") else None for name in reads}
-
-
-def touched_blocks(grid: Grid, region: Region) -> set[int]:
-    """Numbers of the blocks that a region touches, which may run beyond the volume.
-
-    Examples
-    --------
-    >>> sorted(touched_blocks(Grid((10, 4), (4, 4)), (slice(-1, 5), slice(0, 4))))
-    [0, 1, 2]
-    """
-    along = [
-        sorted({source.start // b for _, source in pieces(s.start, s.stop, n, b)})
-        for s, n, b in zip(region, grid.shape, grid.block, strict=True)
-    ]
-    mesh = np.meshgrid(*along, indexing="ij")
-    numbers = np.ravel_multi_index([axis.ravel() for axis in mesh], grid.counts)
-    return set(map(int, numbers))

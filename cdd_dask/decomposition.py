@@ -68,7 +68,7 @@ class Decomposition:
         self.parameters = Parameters(**known["parameters"])
         self.unit = self.parameters.scale_unit
         grid = Grid(tuple(known["plan"]["volume"]["shape"]), tuple(known["plan"]["block"]))
-        names = [*map(store.channel_name, range(len(self.scales))), store.RESIDUAL]
+        names = store.output_names(len(self.scales))
         self._groups: dict[str, Any] = {}
         checksums = _checksums(address, known) if checked else {}
         images = []

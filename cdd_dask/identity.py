@@ -134,17 +134,6 @@ def source_identity(source: Source) -> dict[str, Any]:
     return identity
 
 
-def change_of(known: dict[str, Any], source: Source) -> str:
-    """What decides values and is not as in a `known` identity of a source; "" if nothing is.
-
-    Raises
-    ------
-    SourceReadError
-        If the source cannot be read.
-    """
-    return content_change(known, source_identity(source))
-
-
 def content_change(known: dict[str, Any], found: dict[str, Any]) -> str:
     """What decides values and differs between two identities of sources; "" if nothing does."""
     wanted, given = ({"source": {name: one[name] for name in CONTENT}} for one in (known, found))

@@ -7,14 +7,15 @@ checksums of done marks each shard is compared, whole, before anything of it is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import zarr
 
 from cdd_dask.errors import CddError, DamagedError
-from cdd_dask.store import checksum, shard_damage
+from cdd_dask.store import checksum, shard_damage, shards_of
 from cdd_dask.whole import whole_array
 
 REMEDY = ": `cdd-dask verify` lists all damage, `cdd-dask repair` mends it"
@@ -47,8 +48,7 @@ class Image(zarr.Array[Any]):
         return self._selected(super().get_orthogonal_selection, selection, options, selection)
 
     def get_mask_selection(self, mask: Any, **options: Any) -> Any:
-        inside = np.nonzero(mask[0] if isinstance(mask, tuple) else mask)
-        return self._selected(super().get_mask_selection, mask, options, inside)
+        return self._selected(super().get_mask_selection, mask, options, mask)
 
     def get_coordinate_selection(self, selection: Any, **options: Any) -> Any:
         return self._selected(super().get_coordinate_selection, selection, options, selection)
@@ -65,11 +65,11 @@ class Image(zarr.Array[Any]):
         by_chunks: bool = False,
     ) -> Any:
         """What is selected; damage to a shard of it is told."""
-        # in the thread that asks: Zarr's own must not wait for what they have to do themselves
-        places = _shards_of(self, where, by_chunks)
+        places = partial(_shards_of, self, where, by_chunks)
         plain = zarr.Array(self.async_array)
         if self._checksums is not None:
-            for place in places:
+            # in the thread that asks: Zarr's must not wait for what they have to do themselves
+            for place in places():
                 if place not in self._proven:
                     _prove(plain, self._checksums, place)
                     self._proven.add(place)
@@ -78,7 +78,7 @@ class Image(zarr.Array[Any]):
         except (CddError, IndexError, TypeError, MemoryError):
             raise
         except Exception as error:  # damaged shards make Zarr fail in any way
-            for place in places:
+            for place in places():
                 if damage := shard_damage(plain, place):
                     raise DamagedError(f"{self.path}, {damage}{REMEDY}") from error
             raise
@@ -86,12 +86,8 @@ class Image(zarr.Array[Any]):
 
 def _prove(array: zarr.Array[Any], checksums: Mapping[Place, str], place: Place) -> None:
     """Raise `DamagedError` for a shard that is not what its run wrote."""
-    unit = array.shards or array.chunks
-    region = tuple(
-        slice(p * u, min((p + 1) * u, n)) for p, u, n in zip(place, unit, array.shape, strict=True)
-    )
     try:
-        found = checksum(np.asarray(array[region]))
+        found = checksum(np.asarray(array[shards_of(array).core_at(place)]))
     except Exception as error:
         if damage := shard_damage(array, place):
             raise DamagedError(f"{array.path}, {damage}{REMEDY}") from error
@@ -102,23 +98,25 @@ def _prove(array: zarr.Array[Any], checksums: Mapping[Place, str], place: Place)
         raise DamagedError(f"{array.path}, shard {place} is not what its run wrote{REMEDY}")
 
 
-def _shards_of(array: zarr.Array[Any], selection: Any, by_chunks: bool) -> list[Place]:
+def _shards_of(array: zarr.Array[Any], selection: Any, by_chunks: bool) -> Iterator[Place]:
     """Places of the shards that numbers, slices, lists or an ellipsis select voxels or chunks of.
 
     Of all shards for what cannot be understood, which Zarr refuses.
     """
     parts = list(selection) if isinstance(selection, tuple) else [selection]
+    if getattr(parts[0], "ndim", 1) > 1:  # a mask
+        parts = list(np.nonzero(parts[0]))
     if not any(part is Ellipsis for part in parts):
         parts.append(Ellipsis)
     gap = next(i for i, part in enumerate(parts) if part is Ellipsis)
     parts[gap : gap + 1] = [slice(None)] * (array.ndim - len(parts) + 1)
-    unit = array.shards or array.chunks
-    steps = array.chunks if by_chunks else (1,) * array.ndim
+    shards, steps = shards_of(array), array.chunks if by_chunks else (1,) * array.ndim
+    along: list[Any]
     try:
         along = [
-            np.unique(np.arange(0, n, step)[part] // u).tolist()
-            for part, n, u, step in zip(parts, array.shape, unit, steps, strict=True)
+            np.unique(np.arange(0, n, step)[part] // side).tolist()
+            for part, n, side, step in zip(parts, array.shape, shards.block, steps, strict=True)
         ]
     except (ValueError, TypeError, IndexError):
-        along = [list(range(-(-n // u))) for n, u in zip(array.shape, unit, strict=True)]
-    return list(itertools.product(*along))
+        along = list(map(range, shards.counts))
+    return itertools.product(*along)

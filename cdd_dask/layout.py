@@ -66,6 +66,14 @@ class Layout:
     """What the root remembers under `store.KEY` besides the format version; the ``parameters``
     among it give the type of all fields and the unit of the edges."""
 
+    @classmethod
+    def of(cls, attributes: dict[str, Any]) -> Layout:
+        """That of a store whose root remembers these attributes."""
+        plan = attributes["plan"]
+        grid = Grid(tuple(plan["volume"]["shape"]), tuple(plan["block"]))
+        axes = tuple(Axis(*axis) for axis in attributes["axes"])
+        return cls(grid, attributes["edges"], axes, attributes)
+
     def create(self, address: str) -> None:
         """Write all metadata of an empty store; nothing may be there."""
         if not store.on_disk(address):
@@ -123,10 +131,10 @@ def output_attributes(
 ) -> dict[str, dict[str, Any]]:
     """What the group of every output remembers from the start, by its name, finest first."""
     unit = parameters["unit"] or ("voxel" if parameters["spacing"] is None else None)
-    names = [*map(store.channel_name, range(len(edges))), store.RESIDUAL]
+    scales = itertools.pairwise([0.0, *edges, None])
     return {
         name: {"scale_from": low, "scale_to": high, "unit": unit}
-        for name, (low, high) in zip(names, itertools.pairwise([0.0, *edges, None]), strict=True)
+        for name, (low, high) in zip(store.output_names(len(edges)), scales, strict=True)
     }
 
 

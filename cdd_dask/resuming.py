@@ -213,7 +213,7 @@ def _lost_outputs(plan: Plan, address: str, written: set[int], done: set[int]) -
 
 def _image_paths(plan: Plan, written: set[int]) -> list[str]:
     """Where outputs lie that a pass writes, given by their numbers."""
-    names = [*map(store.channel_name, range(len(plan.edges))), store.RESIDUAL]
+    names = store.output_names(len(plan.edges))
     return [store.image_path(names[k]) for k in sorted(written)]
 
 

@@ -67,7 +67,7 @@ def prepare_store(
         **_how_it_runs(plan, source),
     }
     _check_readable(address, attributes)
-    layout.Layout(plan.grid, plan.edges, _axes(plan, source), attributes).create(address)
+    layout.Layout.of(attributes).create(address)
     if scratch:  # which a run that goes on makes if it is not there
         store.take_scratch(attributes["scratch"], run, address)
     return run
@@ -95,8 +95,7 @@ def go_on_with_store(plan: Plan, source: Source, address: str, scratch: str | No
         name = attributes["scratch"].rpartition("/")[2]
         attributes = {**attributes, "scratch": f"{scratch}/{name}"}
         store.take_scratch(attributes["scratch"], run, address)
-    axes = tuple(layout.Axis(*axis) for axis in attributes["axes"])  # the source may name none now
-    layout.Layout(plan.grid, plan.edges, axes, attributes).restore(address)
+    layout.Layout.of(attributes).restore(address)
     root = store.open_root(address, "r+")
     here = _how_it_runs(plan, source)
     if others := _differences(attributes.get("versions"), here["versions"]):

@@ -145,7 +145,7 @@ class Ledger:
     @cached_property
     def names(self) -> list[str]:
         """Names of all outputs."""
-        return output_names(len(self.plan.edges))
+        return store.output_names(len(self.plan.edges))
 
     @cached_property
     def writers(self) -> dict[str, int]:
@@ -212,10 +212,7 @@ class Ledger:
     @contextmanager
     def template(self) -> Iterator[str]:
         """Address of a store in memory, of the same metadata without its marks and its data."""
-        known = self.attributes
-        axes = tuple(layout.Axis(*axis) for axis in known["axes"])
-        whole = layout.Layout(self.plan.grid, known["edges"], axes, known)
-        with whole.in_memory() as expected:
+        with layout.Layout.of(self.attributes).in_memory() as expected:
             for name, attributes in self.kept.items():
                 key = f"{name}/{layout.ROOT}".lstrip("/")
                 document = json.loads(objects.read_object(expected, key) or b"")
@@ -245,8 +242,3 @@ class Ledger:
 def _attributes(address: str, group: str) -> Any:
     """What a group of ours remembers, as it is there."""
     return (objects.read_attributes(address, group) or {}).get(store.KEY)
-
-
-def output_names(channels: int) -> list[str]:
-    """Names of all outputs of so many channels, the residual's last."""
-    return [*map(store.channel_name, range(channels)), store.RESIDUAL]

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask import lease
-from cdd_dask.blocks import Grid, Region, pieces, storage_chunks
+from cdd_dask.blocks import Grid, Region, storage_chunks
 from cdd_dask.errors import AGAIN, DamagedError, OutputAccessError, StoreError
 from cdd_dask.faults import Fault, mark
 from cdd_dask.marks import keep_copy, read_copy
@@ -68,6 +68,11 @@ _record: ContextVar[Record | None] = ContextVar("record", default=None)
 def channel_name(k: int) -> str:
     """Name of channel `k`'s group."""
     return f"channel_{k:02d}"
+
+
+def output_names(channels: int) -> list[str]:
+    """Names of the groups of all outputs of so many channels, the residual's last."""
+    return [*map(channel_name, range(channels)), RESIDUAL]
 
 
 def image_path(group: str) -> str:
@@ -312,7 +317,7 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
         record = _record.get()
         if record is not None:
             record.check()  # what another run has put there is not ours to judge
-        for place in _touched(array, whole):
+        for place in shards_of(array).touched(whole):
             if damage := shard_damage(array, place):
                 remedy = ""
                 if path.startswith(f"{WORK}/"):
@@ -323,14 +328,9 @@ def read_block(address: str, path: str, region: Region) -> NDArray[Any]:
         raise
 
 
-def _touched(array: zarr.Array[Any], region: Region) -> list[tuple[int, ...]]:
-    """Places of the shards that a region touches, which may run beyond the array."""
-    unit = array.shards or array.chunks
-    along = [
-        sorted({source.start // u for _, source in pieces(s.start, s.stop, n, u)})
-        for s, n, u in zip(region, array.shape, unit, strict=True)
-    ]
-    return list(itertools.product(*along))
+def shards_of(array: zarr.Array[Any]) -> Grid:
+    """An array's shards, or its chunks where it has none."""
+    return Grid(array.shape, array.shards or array.chunks)
 
 
 def _check_there(array: zarr.Array[Any], place: tuple[int, ...]) -> None:
@@ -351,24 +351,13 @@ def shard_damage(array: zarr.Array[Any], place: tuple[int, ...]) -> str:
         _check_there(array, place)
     except DamagedError as error:
         return str(error)
-    unit = array.shards or array.chunks
-    along = [
-        range(p * u // c, -(-min((p + 1) * u, n) // c))
-        for p, u, c, n in zip(place, unit, array.chunks, array.shape, strict=True)
-    ]
-    for chunk in itertools.product(*along):
+    chunks = Grid(array.shape, array.chunks)
+    for chunk in chunks.touched(shards_of(array).core_at(place)):
         try:
-            array.blocks[chunk] if array.shards is None else array[_chunk_region(array, chunk)]
+            array.blocks[chunk] if array.shards is None else array[chunks.core_at(chunk)]
         except (ValueError, OSError, IndexError, RuntimeError) as error:
             return f"shard {place}, chunk {chunk} is damaged: {error}"
     return ""
-
-
-def _chunk_region(array: zarr.Array[Any], chunk: tuple[int, ...]) -> Region:
-    return tuple(
-        slice(i * c, min((i + 1) * c, n))
-        for i, c, n in zip(chunk, array.chunks, array.shape, strict=True)
-    )
 
 
 def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> None:
@@ -391,9 +380,7 @@ def write_block(address: str, path: str, core: Region, values: NDArray[Any]) -> 
 def remove_block(address: str, path: str, core: Region) -> None:
     """Delete the shards that a block touches, whatever is in them."""
     array = _open_array(address, path)
-    unit = array.shards or array.chunks
-    along = [range(s.start // n, -(-s.stop // n)) for s, n in zip(core, unit, strict=True)]
-    for place in itertools.product(*along):
+    for place in shards_of(array).touched(core):
         remove_object(address, _shard_key(array, place))
 
 
@@ -516,6 +503,6 @@ def write_time(address: str, path: str, place: tuple[int, ...]) -> float:
 
 def missing_shards(array: zarr.Array[Any]) -> set[tuple[int, ...]]:
     """Places of an array's shards (or chunks) that are not in the store, or are empty files."""
-    there, unit = keys_below(array.store, array.path), array.shards or array.chunks
-    places = itertools.product(*(range(-(-n // u)) for n, u in zip(array.shape, unit, strict=True)))
+    there = keys_below(array.store, array.path)
+    places = itertools.product(*map(range, shards_of(array).counts))
     return {place for place in places if _shard_key(array, place) not in there}

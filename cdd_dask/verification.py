@@ -16,7 +16,7 @@ from cdd_dask.errors import (
     SourceReadError,
     VerificationError,
 )
-from cdd_dask.identity import change_of
+from cdd_dask.identity import content_change, source_identity
 from cdd_dask.memory import available_memory, byte_count
 from cdd_dask.output import output_address
 from cdd_dask.parameters import check_count
@@ -181,7 +181,8 @@ def _check_blocks(
     _refuse(str(result.path), damages)
     found = Verification(worst, where, result.parameters.ulp(largest))
     if source is not None and found.worst_ulp > TOLERANCE:
-        changed = change_of(ledger.attributes["identity"]["source"], source)
+        known = ledger.attributes["identity"]["source"]
+        changed = content_change(known, source_identity(source))
         raise VerificationError(
             f"{result.path}: sum(channels) + residual differs from {source.description} by "
             f"{worst:.6g} ({found.worst_ulp:.3g} ulp of the maximum, {TOLERANCE} allowed) at voxel "

@@ -62,6 +62,15 @@ def stop() -> None:
     raise Stopped
 
 
+def begin(before_task: Any, source: Path, out: Path, count: int = 21, **more: Any) -> list[Any]:
+    """Begin an output of the field, and stop before a task, of which there were so many."""
+    np.save(source, FIELD)
+    executed: list[Any] = before_task(count, stop)
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **OPTIONS, **more)
+    return executed
+
+
 def outputs_of(path: Path) -> list[Any]:
     result = cdd_dask.open_decomposition(path)
     return [part[...] for part in (*result.channels, result.residual)]
@@ -135,10 +144,7 @@ def test_what_a_lost_machine_has_not_written_is_made_again(
 ):
     """Though it is marked as done, and no later pass reads it."""
     source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
-    np.save(source, FIELD)
-    executed = before_task(21, stop)
-    with pytest.raises(Stopped):
-        cdd_dask.decompose(source, out, **OPTIONS)
+    executed = begin(before_task, source, out)
     shards = out / "channel_00/scale0/image/c"
     data = (shards / "1/1").read_bytes()
     others = {"truncated": data[:-30], "zeros": bytes(len(data))}
@@ -155,10 +161,7 @@ def test_what_was_written_long_before_is_not_read_again(
 ):
     """A run over days need not read all that it has written whenever it goes on."""
     source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
-    np.save(source, FIELD)
-    before_task(21, stop)
-    with pytest.raises(Stopped):
-        cdd_dask.decompose(source, out, **OPTIONS)
+    begin(before_task, source, out)
     files = sorted(path for path in out.glob("*/scale0/image/c/*/*"))
     for path in files[:-2]:
         state = path.stat()
@@ -174,7 +177,6 @@ def test_what_an_output_is_follows_from_the_plan(
 ):
     """Whatever its attributes were made to say before the run goes on, or while it does."""
     source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
-    np.save(source, FIELD)
 
     def edit() -> None:
         path = out / "channel_01/zarr.json"
@@ -182,9 +184,7 @@ def test_what_an_output_is_follows_from_the_plan(
         document["attributes"]["cdd_dask"][key] = value
         path.write_text(json.dumps(document))
 
-    before_task(15, stop)
-    with pytest.raises(Stopped):
-        cdd_dask.decompose(source, out, **OPTIONS)
+    begin(before_task, source, out, 15)
     edit()
     before_task(3, edit)
     cdd_dask.decompose(source, out, **OPTIONS)
@@ -235,11 +235,8 @@ def test_blocks_of_other_axes_are_refused(tmp_path: Path):
 def test_overwriting_a_copy_leaves_the_scratch_of_the_original(before_task: Any, tmp_path: Path):
     """Which goes on with it."""
     source, out, scratch = (tmp_path / name for name in ("field.npy", "out.zarr", "scratch"))
-    np.save(source, FIELD)
     scratch.mkdir()
-    executed = before_task(21, stop)
-    with pytest.raises(Stopped):
-        cdd_dask.decompose(source, out, **OPTIONS, scratch=scratch)
+    executed = begin(before_task, source, out, scratch=scratch)
     shutil.copytree(out, tmp_path / "copy.zarr")
     kept = [*scratch.iterdir()]
     before_task(10**9, stop)
@@ -271,12 +268,9 @@ def test_only_what_is_needed_is_made_again(before_task: Any, tmp_path: Path):
 def test_output_and_scratch_may_move(before_task: Any, tmp_path: Path):
     """Wherever the working fields lie by now; one without them is refused."""
     source, here, there = (tmp_path / name for name in ("field.npy", "here", "there"))
-    np.save(source, FIELD)
     (here / "scratch").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
-    executed = before_task(21, stop)
-    with pytest.raises(Stopped):
-        cdd_dask.decompose(source, here / "out.zarr", **OPTIONS, scratch=here / "scratch")
+    executed = begin(before_task, source, here / "out.zarr", scratch=here / "scratch")
     with pytest.raises(DifferentRunError, match=r"scratch=.*here/scratch.*now scratch=.*empty"):
         cdd_dask.decompose(source, here / "out.zarr", **OPTIONS, scratch=tmp_path / "empty")
     here.rename(there)
@@ -290,12 +284,9 @@ def test_output_and_scratch_may_move(before_task: Any, tmp_path: Path):
 def test_a_scratch_that_is_lost(before_task: Any, tmp_path: Path):
     """With the machine that it was on: another one will do, and what is needed is made again."""
     source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
-    np.save(source, FIELD)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    before_task(21, stop)
-    with pytest.raises(Stopped):
-        cdd_dask.decompose(source, out, **OPTIONS, scratch=tmp_path / "one")
+    begin(before_task, source, out, scratch=tmp_path / "one")
     shutil.rmtree(tmp_path / "one")
     with pytest.raises(OutputAccessError, match="is no folder: make it first, or name another"):
         cdd_dask.decompose(source, out, **OPTIONS)
@@ -332,11 +323,8 @@ def test_a_source_that_changes_in_a_pass_that_is_stopped(before_task: Any, tmp_p
 def test_a_file_where_the_working_fields_go(before_task: Any, tmp_path: Path):
     """The message names it."""
     source, out, scratch = (tmp_path / name for name in ("field.npy", "out.zarr", "scratch"))
-    np.save(source, FIELD)
     scratch.mkdir()
-    before_task(21, stop)
-    with pytest.raises(Stopped):
-        cdd_dask.decompose(source, out, **OPTIONS, scratch=scratch)
+    begin(before_task, source, out, scratch=scratch)
     (work,) = scratch.iterdir()
     shutil.rmtree(work)
     work.write_text("a file")
@@ -351,10 +339,7 @@ def test_a_file_where_the_working_fields_go(before_task: Any, tmp_path: Path):
 def half(before_task: Any, tmp_path: Path) -> tuple[Path, Path]:
     """A source, and an output that was stopped."""
     source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
-    np.save(source, FIELD)
-    before_task(21, stop)
-    with pytest.raises(Stopped):
-        cdd_dask.decompose(source, out, **OPTIONS)
+    begin(before_task, source, out)
     return source, out
 
 
@@ -371,11 +356,8 @@ def test_a_working_array_without_metadata_is_none(content: bytes, half: tuple[Pa
 def test_a_torn_root_of_the_working_fields_is_written_again(before_task: Any, tmp_path: Path):
     """Where they have a store of their own."""
     source, out, scratch = (tmp_path / name for name in ("field.npy", "out.zarr", "scratch"))
-    np.save(source, FIELD)
     scratch.mkdir()
-    before_task(21, stop)
-    with pytest.raises(Stopped):
-        cdd_dask.decompose(source, out, **OPTIONS, scratch=scratch)
+    begin(before_task, source, out, scratch=scratch)
     (work,) = scratch.iterdir()
     (work / "zarr.json").write_bytes(b"")
     cdd_dask.decompose(source, out, **OPTIONS)
@@ -406,11 +388,8 @@ def test_scratch_goes_with_its_output_whoever_took_it_last(
 ):
     """A run that went on was killed before the output knew of it."""
     source, out, scratch = (tmp_path / name for name in ("field.npy", "out.zarr", "scratch"))
-    np.save(source, FIELD)
     scratch.mkdir()
-    before_task(12, stop)
-    with pytest.raises(Stopped):
-        cdd_dask.decompose(source, out, **OPTIONS, scratch=scratch)
+    begin(before_task, source, out, 12, scratch=scratch)
     with monkeypatch.context() as patch:
         patch.setattr(store, "write_attributes", lambda *_: stop())
         with pytest.raises(Stopped):
