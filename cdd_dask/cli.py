@@ -7,6 +7,7 @@ SIGTERM stopped it.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -226,20 +228,28 @@ def info(store: str, as_json: bool, allow_incomplete: bool) -> None:
 
 @cli.command()
 @click.argument("store")
-@click.option("--csv", "csv_file", type=click.File("w"), metavar="FILE",
+@click.option("--csv", "csv_file", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE",
               help="Write all columns as CSV, - for standard output.")  # fmt: skip
-def spectrum(store: str, csv_file: Any) -> None:
+def spectrum(store: str, csv_file: str | None) -> None:
     """How the field of STORE is shared among its scales; reads nothing but attributes."""
     from cdd_dask.decomposition import open_decomposition
+    from cdd_dask.exporting.writing import appearing
 
     result = open_decomposition(store)
     if csv_file is None:
         click.echo(result.table())
         return
     rows = result.scale_spectrum()
-    writer = csv.writer(csv_file)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
     writer.writerow(rows.dtype.names)
     writer.writerows(row.tolist() for row in rows)
+    if csv_file == "-" or (Path(csv_file).exists() and not Path(csv_file).is_file()):
+        with click.open_file(csv_file, "w") as file:  # a stream, which nothing may replace
+            file.write(text.getvalue())
+    else:
+        with appearing(Path(csv_file)) as partial:
+            partial.write_text(text.getvalue(), newline="")
 
 
 @cli.command()

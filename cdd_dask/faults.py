@@ -27,6 +27,8 @@ LONGEST_WAIT = 30.0
 PASSING_ERRNOS = frozenset(
     (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY)
 )
+NOT_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
+"""What is said of a path that leads to no file."""
 FULL_ERRNOS = frozenset((errno.ENOSPC, errno.EDQUOT))
 PASSING_STATUSES = frozenset((408, 425, 429, *range(500, 600))) - {501, 505, 507}
 """HTTP: too late, too early, too many, and a server's troubles that are not the request's."""

@@ -17,10 +17,10 @@ from cdd_dask import store
 from cdd_dask.blocks import Grid
 from cdd_dask.objects import (
     has_object,
-    keys_below,
     new_memory_store,
     read_object,
     store_of,
+    times_below,
     write_object,
 )
 from cdd_dask.seals import seal_of
@@ -176,7 +176,7 @@ def _is_sound(address: str, key: str, wanted: bytes) -> bool:
 
 def objects_of(address: str) -> list[str]:
     """Keys of all objects of a store, the root's first."""
-    return sorted(keys_below(store_of(address), ""), key=lambda key: (key != ROOT, key))
+    return sorted(times_below(store_of(address), ""), key=lambda key: (key != ROOT, key))
 
 
 def _ome_multiscales(name: str, axes: tuple[Axis, ...]) -> dict[str, Any] | None:

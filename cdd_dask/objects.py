@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import stat
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cdd_dask.faults import NOT_THERE
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -118,10 +121,11 @@ def names_in(address: str, folder: str) -> list[str]:
     return sorted(name.rstrip("/") for name in sync(names()))
 
 
-def keys_below(store: Store, folder: str) -> set[str]:
+def times_below(store: Store, folder: str) -> dict[str, float]:
     """Keys in `folder` (``""`` is everything) and all below, but those of empty files.
 
-    A lost machine may leave such.
+    A lost machine may leave such. Each comes with the time at which its file was written, in
+    seconds since the epoch; with 0 where it is no file.
     """
     from zarr.core.sync import sync
     from zarr.storage import LocalStore, WrapperStore
@@ -130,24 +134,29 @@ def keys_below(store: Store, folder: str) -> set[str]:
     while isinstance(inner, WrapperStore):
         inner = inner._store
     if isinstance(inner, LocalStore):
-        return set(_files_in(inner.root / folder, prefix))
+        place = inner.root / folder
+        return dict(_files_in(place, prefix)) if place.is_dir() else {}
 
-    async def keys() -> set[str]:
-        return {key async for key in store.list_prefix(prefix)}
+    async def keys() -> dict[str, float]:
+        return {key: 0.0 async for key in store.list_prefix(prefix)}
 
     return sync(keys())
 
 
-def _files_in(place: Path, prefix: str) -> Iterator[str]:
+def _files_in(place: Path, prefix: str) -> Iterator[tuple[str, float]]:
     with suppress(FileNotFoundError), os.scandir(place) as entries:
         for entry in entries:
+            try:
+                state = entry.stat()
+            except OSError as error:
+                if error.errno not in NOT_THERE:
+                    raise
+                continue  # a late writer has renamed it meanwhile, or a link leads nowhere
             below = f"{prefix}{entry.name}"
-            if entry.is_dir():
+            if stat.S_ISDIR(state.st_mode):
                 yield from _files_in(Path(entry.path), f"{below}/")
-                continue
-            with suppress(FileNotFoundError):  # a late writer has renamed it meanwhile
-                if entry.stat().st_size:
-                    yield below
+            elif state.st_size:
+                yield below, state.st_mtime
 
 
 def group_document(attributes: dict[str, Any]) -> bytes:

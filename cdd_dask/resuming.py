@@ -30,7 +30,10 @@ from cdd_dask.statistics import Statistics
 from cdd_dask.working import Nature, geometry, nature_of, outputs, snapshots_of, uses
 
 SECONDS_TO_SYNC = 300.0
-"""Time after which systems have surely brought to their disks what was written."""
+"""Time after which systems have surely brought to their disks what was written.
+
+It is far above the differences of clocks that the preflight warns of.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +156,10 @@ def check_shards(plan: Plan, address: str) -> None:
     DamagedError
         If any are gone.
     """
-    everything = set(range(len(plan.edges) + 1))
-    if lost := _lost_outputs(plan, address, everything, set(range(len(plan.grid)))):
+    everything = set(range(len(plan.grid)))
+    paths = map(store.image_path, store.output_names(len(plan.edges)))
+    there = (store.write_times(address, path, plan.grid).keys() for path in paths)
+    if lost := set[int]().union(*(everything - one for one in there)):
         raise DamagedError(
             f"out={address} was finished, but lacks {len(lost)} of {len(plan.grid)} blocks: "
             "`cdd-dask verify` lists all damage, `cdd-dask repair` mends it"
@@ -172,16 +177,15 @@ def unfinished(plan: Plan, address: str, attributes: dict[str, Any]) -> list[set
     passes = plan.passes
     marks = [read_marks(address, fingerprint, number) for number in range(len(passes))]
     nature = nature_of(plan, _source_statistics(marks[0]))
-    torn = _torn_outputs(plan, address, marks)
+    without_outputs = _lost_outputs(plan, address, marks)
     needs = Needs()
     left: list[set[int]] = []
     for number in reversed(range(len(passes))):
         one, done = passes[number], set(marks[number])
         _, writes = uses(plan, one)
         missing = set(range(one.tasks)) - done
-        lost: set[int] = set()
+        lost = without_outputs[number]
         if done:
-            lost = torn[number] | _lost_outputs(plan, address, outputs(plan, one), done)
             for name in writes:
                 grid = geometry(plan, name, nature)
                 if grid is not None and (some := needs.among({name}, done)):
@@ -203,36 +207,26 @@ def _source_statistics(marks: dict[int, Mark]) -> Statistics | None:
     return total
 
 
-def _lost_outputs(plan: Plan, address: str, written: set[int], done: set[int]) -> set[int]:
-    """Blocks that are done but lack a shard of an output."""
-    lost: set[int] = set()
-    for path in _image_paths(plan, written):
-        lost |= store.lacking(address, path, plan.grid, done)
-    return lost
+def _lost_outputs(plan: Plan, address: str, marks: list[dict[int, Mark]]) -> list[set[int]]:
+    """Blocks of every pass that are done, but an output lacks them, or is not what the mark says.
 
-
-def _image_paths(plan: Plan, written: set[int]) -> list[str]:
-    """Where outputs lie that a pass writes, given by their numbers."""
-    names = store.output_names(len(plan.edges))
-    return [store.image_path(names[k]) for k in sorted(written)]
-
-
-def _torn_outputs(plan: Plan, address: str, marks: list[dict[int, Mark]]) -> list[set[int]]:
-    """Blocks of every pass with an output that was written last and is not what its mark says.
-
-    A machine that is lost takes with it what it has not brought to its disk, and no later pass
-    reads an output. Objects at URLs come to be whole.
+    The latter is looked for in what was written last: a machine that is lost takes with it what it
+    has not brought to its disk, and no later pass reads an output. Objects at URLs come whole.
     """
-    torn: list[set[int]] = [set() for _ in marks]
+    names = store.output_names(len(plan.edges))
+    lost: list[set[int]] = [set() for _ in marks]
     newest = 0.0
     written: list[tuple[float, int, str, int]] = []  # of all blocks but those surely too old
     for number, one in enumerate(plan.passes):
-        for path in _image_paths(plan, outputs(plan, one)):
-            for block in marks[number]:
-                moment = store.write_time(address, path, plan.grid.index(block))
-                newest = max(newest, moment)
-                if moment > max(newest - SECONDS_TO_SYNC, 0.0):
-                    written.append((moment, number, path, block))
+        for path in (store.image_path(names[k]) for k in sorted(outputs(plan, one))):
+            moments = store.write_times(address, path, plan.grid)
+            lost[number] |= marks[number].keys() - moments.keys()
+            newest = max(newest, *moments.values(), 0.0)
+            written += [
+                (moments[block], number, path, block)
+                for block in marks[number].keys() & moments.keys()
+                if moments[block] > max(newest - SECONDS_TO_SYNC, 0.0)
+            ]
     late = [one for one in written if one[0] > newest - SECONDS_TO_SYNC]
     if late:
         log.info("checking the %d shards that were written last", len(late))
@@ -240,11 +234,11 @@ def _torn_outputs(plan: Plan, address: str, marks: list[dict[int, Mark]]) -> lis
         try:
             values = store.read_block(address, path, plan.grid.core(block))
         except Exception:  # a damaged shard makes Zarr fail in any way
-            torn[number].add(block)
+            lost[number].add(block)
             continue
         if store.checksum(values) != marks[number][block].checksums.get(path):
-            torn[number].add(block)
-    return torn
+            lost[number].add(block)
+    return lost
 
 
 def _lost_blocks(
@@ -254,7 +248,7 @@ def _lost_blocks(
     if name not in store.work_arrays(work):
         return done
     if grid == plan.grid:
-        return store.lacking(work, store.work_path(name), grid, done)
+        return done - store.write_times(work, store.work_path(name), grid).keys()
     missing = store.missing_shards(store.work_array(work, name))
     if name.startswith("snapshots"):  # of which every pass writes some
         written = snapshots_of(plan, one, nature.sign)

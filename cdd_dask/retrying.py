@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import random
 import shutil
 import stat
@@ -17,7 +18,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, WrapperStore
 
 from cdd_dask.errors import redacted
-from cdd_dask.faults import is_of_library, tries_of, wait_before
+from cdd_dask.faults import NOT_THERE, is_of_library, tries_of, wait_before
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
@@ -27,9 +28,6 @@ R = TypeVar("R")
 
 NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 """What file systems without hard links say to one: exFAT, SMB, some of FUSE."""
-
-NOT_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
-"""What is said of a path that leads to no file."""
 
 log = logging.getLogger(__name__)
 
@@ -51,19 +49,35 @@ class FileStore(LocalStore):
         return await super().get(key, prototype, byte_range)
 
     async def set(self, key: str, value: Buffer) -> None:
-        try:
-            await super().set(key, value)
-        except IsADirectoryError:  # somebody has put one there
-            await asyncio.to_thread(shutil.rmtree, self.root / key)
-            await super().set(key, value)
+        await asyncio.to_thread(_make_way, self.root, key)
+        await super().set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        await asyncio.to_thread(_make_way, self.root, key)
         try:
             await super().set_if_not_exists(key, value)
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
             await asyncio.to_thread(_create, self.root / key, value.to_bytes())
+
+    async def delete(self, key: str) -> None:
+        try:
+            await super().delete(key)
+        except OSError as error:
+            if error.errno not in NOT_THERE:
+                raise
+
+    async def delete_dir(self, prefix: str) -> None:
+        if prefix and not (self.root / prefix).is_dir():  # whatever has been put there
+            await self.delete(prefix)
+        else:
+            await super().delete_dir(prefix)
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        if (self.root / prefix).is_dir():
+            async for name in super().list_dir(prefix):
+                yield name
 
 
 class RetryingStore(WrapperStore[Store]):
@@ -157,6 +171,19 @@ def _is_file(path: Path) -> bool:
         if error.errno in NOT_THERE:
             return False
         raise
+
+
+def _make_way(root: Path, key: str) -> None:
+    """Remove what somebody has put in the way of a file: a folder, or no folder above it."""
+    path = root / key
+    if path.is_dir():
+        shutil.rmtree(path)
+    if path.parent.is_dir():
+        return
+    for above in path.relative_to(root).parents:
+        place = root / above
+        if place != root and os.path.lexists(place) and not place.is_dir():
+            place.unlink()
 
 
 def _create(path: Path, data: bytes) -> None:

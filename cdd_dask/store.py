@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -39,13 +39,13 @@ from cdd_dask.faults import Fault, mark
 from cdd_dask.marks import keep_copy, read_copy
 from cdd_dask.objects import (
     IN_MEMORY,
-    keys_below,
     names_in,
     read_attributes,
     read_object,
     remove_object,
     remove_objects,
     store_of,
+    times_below,
     write_group,
 )
 from cdd_dask.readers.regions import read_region
@@ -485,24 +485,19 @@ def write_attributes(
     root.attrs[KEY] = whole
 
 
-def lacking(address: str, path: str, grid: Grid, blocks: Collection[int]) -> set[int]:
-    """Those of some blocks, a shard each, that an array lacks."""
-    missing = missing_shards(_open_array(address, path))
-    return {block for block in blocks if grid.index(block) in missing}
+def write_times(address: str, path: str, grid: Grid) -> dict[int, float]:
+    """The blocks of a grid, a shard each, that an array has, and when each was written.
 
-
-def write_time(address: str, path: str, place: tuple[int, ...]) -> float:
-    """When a shard on a disk was written, in seconds since the epoch; 0 if it is not on one."""
-    if "://" in address or not on_disk(address):
-        return 0.0
-    try:
-        return Path(address, path, "c", *map(str, place)).stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    In seconds since the epoch; 0 where it is not on a disk.
+    """
+    array = _open_array(address, path)
+    there = times_below(array.store, path)
+    keys = (_shard_key(array, grid.index(block)) for block in range(len(grid)))
+    return {block: there[key] for block, key in enumerate(keys) if key in there}
 
 
 def missing_shards(array: zarr.Array[Any]) -> set[tuple[int, ...]]:
     """Places of an array's shards (or chunks) that are not in the store, or are empty files."""
-    there = keys_below(array.store, array.path)
+    there = times_below(array.store, array.path)
     places = itertools.product(*map(range, shards_of(array).counts))
     return {place for place in places if _shard_key(array, place) not in there}

@@ -34,7 +34,7 @@ MEMORY = 6_000_000_000
 """Bytes of address space for the commands: a hostile size must not take the machine down."""
 LARGEST_FILE = 50_000_000
 PATIENCE = 120.0
-"""Seconds after which a command hangs."""
+"""Seconds after which a command is looked at, and hangs if in as many again it does no block."""
 STATUSES = {0: "done", 1: "failed", 2: "refused"}
 
 Snapshot = dict[str, tuple[int, int]]
@@ -209,8 +209,8 @@ def fuzz(folder: Path, cases: list[Case], findings: Path) -> Counter[tuple[str, 
         sender.close()
         command: list[str] = []
         outcome = ""
-        while left and outcome != "finding":
-            outcome, text = _message(receiver, process)
+        while left and outcome not in ("finding", "long"):
+            outcome, text = _message(receiver, process, folder / "out")
             if outcome == "begun":
                 command = text
                 continue
@@ -224,18 +224,29 @@ def fuzz(folder: Path, cases: list[Case], findings: Path) -> Counter[tuple[str, 
     return counts
 
 
-def _message(receiver: Any, process: Any) -> tuple[str, Any]:
-    """What the process says next; that it hangs or died is a finding."""
+def _message(receiver: Any, process: Any, out: Path) -> tuple[str, Any]:
+    """What the process says next; that it hangs or died is a finding.
+
+    A size that was edited may make a job long, and no other one.
+    """
     try:
-        if receiver.poll(PATIENCE):
-            outcome, text = receiver.recv()
-            return outcome, text
-        reason = f"hangs for more than {PATIENCE:g} s"
-        process.kill()
+        if not receiver.poll(PATIENCE):
+            before = _blocks_done(out)
+            if not receiver.poll(PATIENCE):
+                process.kill()
+                process.join()
+                if _blocks_done(out) > before:
+                    return "long", ""
+                return "finding", f"hangs for more than {2 * PATIENCE:g} s"
+        outcome, text = receiver.recv()
+        return outcome, text
     except EOFError:
-        reason = "died"
-    process.join()
-    return "finding", f"{reason}, exit code {process.exitcode}"
+        process.join()
+        return "finding", f"died, exit code {process.exitcode}"
+
+
+def _blocks_done(out: Path) -> int:
+    return sum(1 for _ in out.glob("**/done/pass_*/blocks/*/zarr.json"))
 
 
 def _save(case: Case, command: list[str], text: str, folder: Path, findings: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 import cdd_dask
 from cdd_dask import cli
-from cdd_dask.errors import StoreError
+from cdd_dask.errors import DiskSpaceError, StoreError
 from cdd_dask.statistics import Statistics
 
 NAMES = ("count", "sum", "sum_abs", "sum_squares", "min", "max")
@@ -99,6 +101,24 @@ def test_spectrum_on_the_command_line(made: Path, tmp_path: Path):
         assert row["output"] == expected["output"]
         for name in (*NAMES, "scale_from", "scale_to", "share"):
             assert float(row[name]) == expected[name]
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And the message names it."""
+    file = tmp_path / "s.csv"
+    file.write_text("of yesterday")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = CliRunner().invoke(cli.cli, ["spectrum", str(made), "--csv", str(file)])
+    assert isinstance(done.exception, DiskSpaceError)
+    assert f"{file} cannot be written: No space left" in str(done.exception)
+    assert [*tmp_path.glob("*s.csv*")] == [file]
+    assert file.read_text() == "of yesterday"
 
 
 def test_an_incomplete_store_has_no_spectrum(made: Path):

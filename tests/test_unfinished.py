@@ -411,3 +411,27 @@ def test_axes_keep_their_names(before_task: Any, tmp_path: Path):
         names = {path.name for path in (out / group / "scale0").iterdir()}
         assert names == {"image", "v", "x", "zarr.json"}
     cdd_dask.verify(out, xarray.DataArray(FIELD), progress=False)
+
+
+@pytest.mark.parametrize("what", ["file", "loop", "pipe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("work", "work/field_01", "work/field_01/c/1"),
+        *("done", "done/pass_0001", "done/pass_0002/blocks", "lease"),
+        *("channel_00/scale0", "channel_00/scale0/image/c", "residual/scale0/image/c"),
+    ],
+)
+def test_what_is_no_folder_is_replaced(what: str, name: str, half: tuple[Path, Path]):
+    """And what lay in it is made again."""
+    source, out = half
+    path = out / name
+    shutil.rmtree(path, ignore_errors=True)
+    if what == "file":
+        path.write_text("no folder")
+    elif what == "loop":
+        path.symlink_to(path.name)
+    else:
+        os.mkfifo(path)
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert_whole(out, source)

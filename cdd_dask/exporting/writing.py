@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +48,26 @@ def write_file(
     DiskSpaceError, OutputAccessError
         If the file cannot be written.
     """
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
+    with appearing(target) as partial:
         layout = create(partial, output)
         _reserve(partial)
         for where, source in output.pieces(block):
             _write_piece(output, partial, layout, where, source)
             advance(int(np.prod([s.stop - s.start for s in where])))
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """The path of a file to be written, which replaces `target` when it is complete.
+
+    Raises
+    ------
+    DiskSpaceError, OutputAccessError
+        If the file cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # what the disk refuses, it refuses here
         os.replace(partial, target)
