@@ -221,6 +221,7 @@ def test_the_sum_is_the_field(lognormal: Any, dtype: str, block: tuple[int, int]
         e_rel=0.3,
         dtype=dtype,
         block=block,
+        engine="reference",  # tasks see to it, whatever the engine
         progress=False,
         **CONSTRAINTS[constraint],
     )

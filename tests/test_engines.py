@@ -182,9 +182,15 @@ def test_against_a_plain_program(
         assert_close(run(engine, field, what), plain(field, what), largest, (shape, kind))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
-@pytest.mark.parametrize("shape", [(301,), (40, 37), (13, 12, 11), (5, 6, 7, 4)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, np.float32) for shape in ((301,), (40, 37), (13, 12, 11), (5, 6, 7, 4))),
+        # how many axes there are has nothing to do with the type
+        ((13, 12, 11), np.float64),
+    ],
+)
 def test_against_the_reference_over_channels(
     engine: Engine, shape: tuple[int, ...], constraint: str, dtype: type
 ):
@@ -394,7 +400,7 @@ def test_a_positive_field_only_shrinks(engine: Engine, kind: str, dtype: type):
 
     Inverted, it only grows.
     """
-    for shape in [(200,), (30, 31), (11, 12, 13)]:
+    for shape in [(200,), (30, 31), (11, 12, 13)] if dtype == np.float32 else [(11, 12, 13)]:
         for seed, exponent in enumerate((1, 8)):  # over 2 and over 20 orders of magnitude
             field = positive(shape, seed=seed) ** exponent
             for steps in channel_steps(Parameters(kernel=kind), (1.0, 2.0), len(shape)):
