@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import random
 import shutil
 import stat
@@ -62,14 +61,11 @@ class FileStore(LocalStore):
             await asyncio.to_thread(_create, self.root / key, value.to_bytes())
 
     async def delete(self, key: str) -> None:
-        try:
-            await super().delete(key)
-        except OSError as error:
-            if error.errno not in NOT_THERE:
-                raise
+        self._check_writable()
+        await asyncio.to_thread(_remove, self.root / key)
 
     async def delete_dir(self, prefix: str) -> None:
-        if prefix and not (self.root / prefix).is_dir():  # whatever has been put there
+        if prefix:
             await self.delete(prefix)
         else:
             await super().delete_dir(prefix)
@@ -177,13 +173,27 @@ def _make_way(root: Path, key: str) -> None:
     """Remove what somebody has put in the way of a file: a folder, or no folder above it."""
     path = root / key
     if path.is_dir():
-        shutil.rmtree(path)
+        _remove(path)
     if path.parent.is_dir():
         return
     for above in path.relative_to(root).parents:
         place = root / above
-        if place != root and os.path.lexists(place) and not place.is_dir():
-            place.unlink()
+        if place != root and not place.is_dir():
+            # others may make that folder meanwhile, which this does not remove
+            with suppress(OSError):
+                place.unlink()
+
+
+def _remove(path: Path) -> None:
+    """Delete whatever is there; of a link, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+        return
+    try:
+        path.unlink()
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
 
 
 def _create(path: Path, data: bytes) -> None:

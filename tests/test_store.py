@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import zarr
 
 import cdd_dask
-from cdd_dask import layout, store
+from cdd_dask import layout, objects, store
 from cdd_dask.blocks import Grid
 from cdd_dask.errors import BlockError, CddError, DamagedError, InputError, RunError, StoreError
 from cdd_dask.parameters import Parameters
@@ -349,3 +350,30 @@ def test_a_replaced_store_is_left_alone(
         decomposed(out, lognormal)
     with pytest.raises(StoreError, match="not complete"):
         cdd_dask.open_decomposition(out)
+
+
+def test_many_write_where_a_file_is_in_the_way(tmp_path: Path):
+    """At once: whoever removes it removes nothing of what the others have written."""
+    keys = [f"a/b/{i % 5}/{i}" for i in range(40)]
+    for attempt in range(10):
+        address = str(tmp_path / str(attempt))
+        objects.write_object(address, "a", b"no folder")
+        with ThreadPoolExecutor(8) as pool:
+            done = [pool.submit(objects.write_object, address, key, key.encode()) for key in keys]
+        for one in done:
+            one.result()
+        assert all(objects.read_object(address, key) == key.encode() for key in keys)
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path):
+    """Nor is what a store is not."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/mine").write_text("precious")
+    address = str(tmp_path / "store")
+    objects.write_object(address, "one/two", b"")
+    (tmp_path / "store/three").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "store/four").symlink_to(tmp_path / "elsewhere")
+    objects.remove_objects(address, "three")
+    objects.write_object(address, "four", b"a file")
+    assert (tmp_path / "elsewhere/mine").read_text() == "precious"
+    assert objects.names_in(address, "") == ["four", "one"]
