@@ -221,12 +221,15 @@ def _seal(stated: Any) -> None:
 
 
 def _places(value: Any) -> Any:
-    """All (container, key, item) within JSON."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in list(items):
-        yield value, key, item
-        if isinstance(item, dict | list):
-            yield from _places(item)
+    """All (container, key, item) within JSON, which may be nested deeper than functions may."""
+    left = [value]
+    while left:
+        container = left.pop()
+        items = container.items() if isinstance(container, dict) else enumerate(container)
+        for key, item in list(items):
+            yield container, key, item
+            if isinstance(item, dict | list):
+                left.append(item)
 
 
 def _spoil(random: Random, container: Any, key: Any) -> None:
