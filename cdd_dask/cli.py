@@ -39,10 +39,11 @@ class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     name = "n,n,…"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(value, tuple):
+            return value
         try:
-            return tuple(map(int, parts if isinstance(parts, list | tuple) else [parts]))
-        except (TypeError, ValueError):
+            return tuple(map(int, value.split(",")))
+        except ValueError:
             self.fail(f"{value!r} is no list of whole numbers like 64,64,64", param, ctx)
 
 
@@ -52,12 +53,11 @@ class Spacing(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     name = "x,x,…|header"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...] | float | str:
-        if value == "header":
-            return "header"
-        parts = value.split(",") if isinstance(value, str) else value
+        if value == "header" or not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
         try:
-            numbers = tuple(map(float, parts if isinstance(parts, list | tuple) else [parts]))
-        except (TypeError, ValueError):
+            numbers = tuple(map(float, value.split(",")))
+        except ValueError:
             self.fail(f"{value!r} is neither numbers like 2,0.5,0.5 nor header", param, ctx)
         return numbers[0] if len(numbers) == 1 else numbers
 
@@ -244,12 +244,13 @@ def spectrum(store: str, csv_file: str | None) -> None:
     writer = csv.writer(text)
     writer.writerow(rows.dtype.names)
     writer.writerows(row.tolist() for row in rows)
-    if csv_file == "-" or (Path(csv_file).exists() and not Path(csv_file).is_file()):
-        with click.open_file(csv_file, "w") as file:  # a stream, which nothing may replace
-            file.write(text.getvalue())
-    else:
-        with appearing(Path(csv_file)) as partial:
-            partial.write_text(text.getvalue(), newline="")
+    file = Path(csv_file)
+    if csv_file == "-" or file.parts[1:2] in (("dev",), ("proc",)) or file.is_fifo():
+        with click.open_file(csv_file, "w") as stream:  # which nothing may replace
+            stream.write(text.getvalue())
+        return
+    with appearing(file.resolve()) as partial:
+        partial.write_text(text.getvalue(), newline="")
 
 
 @cli.command()

@@ -55,9 +55,9 @@ def load_config(path: str | Path, known: Collection[str]) -> dict[str, Any]:
             raise InputError(
                 f"config {path}: {key}={reprlib.repr(value)} is no value of that option"
             )
-    # numbers as the command line would have them, which checks and converts both alike
+    # as the command line would have them, which checks and converts both alike
     return {
-        names[key]: value if isinstance(value, bool | list) else str(value)
+        names[key]: ",".join(map(str, value)) if isinstance(value, list) else str(value)
         for key, value in options.items()
         if value is not None
     }
@@ -73,3 +73,7 @@ def _check_plain(text: str) -> None:
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
             raise ValueError("options are numbers, texts or lists of them, without aliases (*name)")
+    root = yaml.compose(text, yaml.SafeLoader)
+    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"{min(twice)} stands there twice")

@@ -24,6 +24,7 @@ from cdd_dask.marks import read_marks
 from cdd_dask.memory import format_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Plan
+from cdd_dask.seals import is_sealed
 from cdd_dask.tables import text_table
 from cdd_dask.working import outputs
 
@@ -143,9 +144,9 @@ class Decomposition:
         Raises
         ------
         StoreError
-            If the store is not complete.
+            If the store is not complete, or its statistics were edited.
         """
-        self._check_complete()
+        self._check_statistics()
         rows = [
             (name, low, math.inf if high is None else high, *map(numbers.get, STATISTICS), 0.0)
             for name, low, high, numbers in self.outputs()
@@ -157,9 +158,15 @@ class Decomposition:
         spectrum["share"] = spectrum["sum_abs"] / total if total else 0.0
         return spectrum
 
-    def _check_complete(self) -> None:
+    def _check_statistics(self) -> None:
         if self.attrs["complete"] is not True:
             raise StoreError(f"{self.path} is not complete: it has no statistics yet")
+        for name, group in self._groups.items():
+            if not is_sealed(group):
+                raise StoreError(
+                    f"{self.path} is damaged: the attributes of {name} were edited: `cdd-dask "
+                    "repair` mends it"
+                )
 
     def table(self) -> str:
         """Scale range, share, minimum and maximum of every output, as text."""

@@ -140,6 +140,18 @@ def content_change(known: dict[str, Any], found: dict[str, Any]) -> str:
     return difference_of(wanted, given)
 
 
+def is_surely_same(source: Source, known: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether a source holds what it did, by its identities, wherever it lies now.
+
+    Its content is hashed as a whole, or its files say that nobody has written to them.
+    """
+    if content_change(known, found):
+        return False
+    here = {**found, "address": known.get("address")}
+    by_files = bool(known.keys() - {*CONTENT, "address"}) and not difference_of(known, here)
+    return by_files or is_hashed_whole(source)
+
+
 def _versions(source: Source, regions: Sequence[Region]) -> dict[str, Any]:
     """What is said of a source's files, without reading them."""
     try:
@@ -166,11 +178,19 @@ def content_of(source: Source) -> str:
     return digest.hexdigest()
 
 
+def is_hashed_whole(source: Source) -> bool:
+    """Whether the hash of a source's content is of all of it: it is small, or in memory."""
+    return _size(source) <= SMALL or not (source.portable or source.lazy)
+
+
+def _size(source: Source) -> int:
+    return int(np.prod(source.shape, dtype=object)) * source.dtype.itemsize
+
+
 def _sampled_regions(source: Source) -> Iterator[Region]:
-    """All of a small source, or of an array in memory, slab by slab; else regions at random."""
-    shape, size = source.shape, int(np.prod(source.shape, dtype=object)) * source.dtype.itemsize
-    in_memory = not source.portable and not source.lazy
-    if size <= SMALL or in_memory:
+    """All of a source that is hashed as a whole, slab by slab; else regions at random."""
+    shape, size = source.shape, _size(source)
+    if is_hashed_whole(source):
         thick = max(1, SMALL * shape[0] // size)
         rest = tuple(slice(0, n) for n in shape[1:])
         for start in range(0, shape[0], thick):

@@ -7,13 +7,14 @@ checksums of done marks each shard is compared, whole, before anything of it is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 import zarr
 
+from cdd_dask.blocks import Grid
 from cdd_dask.errors import CddError, DamagedError
 from cdd_dask.store import checksum, shard_damage, shards_of
 from cdd_dask.whole import whole_array
@@ -42,30 +43,29 @@ class Image(zarr.Array[Any]):
     # what `array[…]`, `array.oindex[…]`, `array.vindex[…]` and `array.blocks[…]` come down to
 
     def get_basic_selection(self, selection: Any = Ellipsis, **options: Any) -> Any:
-        return self._selected(super().get_basic_selection, selection, options, selection)
+        return self._selected(super().get_basic_selection, selection, options)
 
     def get_orthogonal_selection(self, selection: Any, **options: Any) -> Any:
-        return self._selected(super().get_orthogonal_selection, selection, options, selection)
+        return self._selected(super().get_orthogonal_selection, selection, options)
 
     def get_mask_selection(self, mask: Any, **options: Any) -> Any:
-        return self._selected(super().get_mask_selection, mask, options, mask)
+        return self._selected(super().get_mask_selection, mask, options, "points")
 
     def get_coordinate_selection(self, selection: Any, **options: Any) -> Any:
-        return self._selected(super().get_coordinate_selection, selection, options, selection)
+        return self._selected(super().get_coordinate_selection, selection, options, "points")
 
     def get_block_selection(self, selection: Any, **options: Any) -> Any:
-        return self._selected(super().get_block_selection, selection, options, selection, True)
+        return self._selected(super().get_block_selection, selection, options, "chunks")
 
     def _selected(
         self,
         select: Callable[..., Any],
         selection: Any,
         options: dict[str, Any],
-        where: Any,
-        by_chunks: bool = False,
+        how: str = "voxels",
     ) -> Any:
-        """What is selected; damage to a shard of it is told."""
-        places = partial(_shards_of, self, where, by_chunks)
+        """What is selected, along every axis or as ``points``; damage to a shard of it is told."""
+        places = partial(_shards_of, self, selection, how)
         plain = zarr.Array(self.async_array)
         if self._checksums is not None:
             # in the thread that asks: Zarr's must not wait for what they have to do themselves
@@ -88,6 +88,8 @@ def _prove(array: zarr.Array[Any], checksums: Mapping[Place, str], place: Place)
     """Raise `DamagedError` for a shard that is not what its run wrote."""
     try:
         found = checksum(np.asarray(array[shards_of(array).core_at(place)]))
+    except DamagedError:
+        raise
     except Exception as error:
         if damage := shard_damage(array, place):
             raise DamagedError(f"{array.path}, {damage}{REMEDY}") from error
@@ -98,25 +100,37 @@ def _prove(array: zarr.Array[Any], checksums: Mapping[Place, str], place: Place)
         raise DamagedError(f"{array.path}, shard {place} is not what its run wrote{REMEDY}")
 
 
-def _shards_of(array: zarr.Array[Any], selection: Any, by_chunks: bool) -> Iterator[Place]:
+def _shards_of(array: zarr.Array[Any], selection: Any, how: str) -> Iterable[Place]:
     """Places of the shards that numbers, slices, lists or an ellipsis select voxels or chunks of.
 
     Of all shards for what cannot be understood, which Zarr refuses.
     """
+    shards = shards_of(array)
     parts = list(selection) if isinstance(selection, tuple) else [selection]
-    if getattr(parts[0], "ndim", 1) > 1:  # a mask
-        parts = list(np.nonzero(parts[0]))
-    if not any(part is Ellipsis for part in parts):
-        parts.append(Ellipsis)
-    gap = next(i for i, part in enumerate(parts) if part is Ellipsis)
-    parts[gap : gap + 1] = [slice(None)] * (array.ndim - len(parts) + 1)
-    shards, steps = shards_of(array), array.chunks if by_chunks else (1,) * array.ndim
-    along: list[Any]
     try:
-        along = [
+        if how == "points" or getattr(parts[0], "ndim", 1) > 1:
+            return _shards_of_points(array, shards, parts)
+        if not any(part is Ellipsis for part in parts):
+            parts.append(Ellipsis)
+        gap = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        parts[gap : gap + 1] = [slice(None)] * (array.ndim - len(parts) + 1)
+        steps = array.chunks if how == "chunks" else (1,) * array.ndim
+        along: list[Any] = [
             np.unique(np.arange(0, n, step)[part] // side).tolist()
             for part, n, side, step in zip(parts, array.shape, shards.block, steps, strict=True)
         ]
     except (ValueError, TypeError, IndexError):
         along = list(map(range, shards.counts))
     return itertools.product(*along)
+
+
+def _shards_of_points(array: zarr.Array[Any], shards: Grid, parts: list[Any]) -> list[Place]:
+    """Places of the shards of some voxels, given by a mask or by their indices along every axis."""
+    first = np.asarray(parts[0])
+    index = np.nonzero(first) if first.dtype == bool else np.broadcast_arrays(*parts)
+    # as NumPy has it: from the end if negative, and an `IndexError` if there is no such voxel
+    places = [
+        np.arange(n)[i].ravel() // side
+        for i, n, side in zip(index, array.shape, shards.block, strict=True)
+    ]
+    return [*map(tuple, np.unique(np.stack(places), axis=1).T.tolist())]

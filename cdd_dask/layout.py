@@ -15,7 +15,9 @@ import numpy as np
 
 from cdd_dask import store
 from cdd_dask.blocks import Grid
+from cdd_dask.marks import FOLDER
 from cdd_dask.objects import (
+    bring_to_disk,
     has_object,
     new_memory_store,
     read_object,
@@ -85,6 +87,8 @@ class Layout:
         with self.in_memory() as whole:
             for key in objects_of(whole):
                 write_object(address, key, read_object(whole, key) or b"")
+        for key in (ROOT, f"{FOLDER}/{ROOT}"):
+            bring_to_disk(address, key)
 
     def restore(self, address: str) -> None:
         """Write again what an unfinished store lacks: its run may have been killed."""

@@ -12,6 +12,7 @@ import getpass
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -27,6 +28,9 @@ from cdd_dask.errors import LeaseError, OutputAccessError, RunError, redacted
 
 GROUP = "lease"
 """Name of the group whose attributes name the holder."""
+KEY = f"{GROUP}/zarr.json"
+PARTIAL = re.compile(r"zarr\.[0-9a-f]{32}\.partial")
+"""What Zarr calls a file that it has not yet written whole."""
 SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_TO_EXPIRY = 120.0
 """Time without a beat after which a lease counts as given up, if none comes while it is watched."""
@@ -164,6 +168,13 @@ def _exists(number: int) -> bool:
     return True
 
 
+def is_vacant(address: str) -> bool:
+    """Whether there is nothing at an address, or at most the lease of a run that may begin."""
+    names = [*objects.names_in(address, ""), *objects.names_in(address, GROUP)]
+    others = {name for name in names if not PARTIAL.fullmatch(name)} - {GROUP, "zarr.json"}
+    return not others and not any(objects.has_object(address, key) for key in (GROUP, "zarr.json"))
+
+
 class Lease:
     """The right to write to a store, held from `__enter__` to `__exit__`.
 
@@ -217,7 +228,9 @@ class Lease:
     def _give_back(self) -> None:
         with suppress(Exception):  # it ends by itself
             if self._is_ours(self.read(self._address)):
-                objects.remove_objects(self._address, GROUP)
+                objects.remove_object(self._address, KEY)
+                if not objects.names_in(self._address, GROUP):
+                    objects.remove_objects(self._address, GROUP)
                 os.rmdir(self._address)  # where nothing else is: no store was made
 
     def check(self) -> None:
@@ -231,7 +244,7 @@ class Lease:
     @staticmethod
     def read(address: str) -> Holder | None:
         """Who holds the lease of a store: None where nobody does, `UNKNOWN` where none can tell."""
-        data = objects.read_object(address, f"{GROUP}/zarr.json")
+        data = objects.read_object(address, KEY)
         if data is None:
             return None
         try:
@@ -306,4 +319,4 @@ class Lease:
     def _write(self, new: bool) -> None:
         values = {**asdict(self._holder), "beat": time.time()}
         data = objects.group_document(values)
-        objects.write_object(self._address, f"{GROUP}/zarr.json", data, new=new)
+        objects.write_object(self._address, KEY, data, new=new)

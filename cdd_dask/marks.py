@@ -92,6 +92,7 @@ def keep_copy(address: str, attributes: dict[str, dict[str, Any]]) -> None:
     They are given by the group's name, those of the root by ``""``, in any order.
     """
     objects.write_group(address, FOLDER, {KEY: dict(sorted(attributes.items()))})
+    objects.bring_to_disk(address, f"{FOLDER}/zarr.json")
 
 
 def read_copy(address: str) -> dict[str, dict[str, Any]]:
@@ -161,6 +162,7 @@ def gather_marks(address: str, fingerprint: str, number: int, marks: Iterable[Ma
     held = sorted(marks, key=lambda mark: mark.block)
     for path in (pass_path(number), copy_path(number)):
         _write(address, fingerprint, number, path, held)
+        objects.bring_to_disk(address, f"{path}/zarr.json")
     objects.remove_objects(address, _blocks_path(number))
 
 

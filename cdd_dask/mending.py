@@ -18,7 +18,12 @@ from cdd_dask import layout, objects, store
 from cdd_dask.cone import cone
 from cdd_dask.errors import BudgetError, CddError, OutputAccessError, RunError
 from cdd_dask.executors.serial import SerialExecutor
-from cdd_dask.identity import content_change, difference_of, source_identity
+from cdd_dask.identity import (
+    content_change,
+    difference_of,
+    is_surely_same,
+    source_identity,
+)
 from cdd_dask.lease import Lease
 from cdd_dask.marks import Mark, gather_marks, read_marks
 from cdd_dask.memory import available_memory, byte_count, format_bytes
@@ -178,14 +183,17 @@ class _Mender:
         why = "computed again it is not what its run wrote"
         here = {**found_now, "address": known.get("address")}  # it may have been moved
         why += f": {difference_of(known, here) or 'other versions or machine'}"
+        same = is_surely_same(opened, known, found_now)
         if difference := content_change(known, found_now):
             why = f"the source is another one, it had {difference}"
             if not self._may_be_source(opened, {damage.block for damage in found}):
                 self.impossible += [(damage, why) for damage in found]
                 return
         # the same values may come as another kind of source: done marks tell
-        differing = self._recompute(opened, found, progress, only_proven=bool(difference))
-        self._approximate(opened, differing, why, same=not difference)
+        differing = self._recompute(opened, found, progress, only_proven=not same)
+        if not same and not difference:
+            why = f"{why}; or it has no done mark, and the source is known by samples alone"
+        self._approximate(opened, differing, why, same)
 
     def _recompute(
         self, source: Source, found: list[Damage], progress: bool, only_proven: bool

@@ -8,7 +8,7 @@ import os
 import stat
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,8 +134,7 @@ def times_below(store: Store, folder: str) -> dict[str, float]:
     while isinstance(inner, WrapperStore):
         inner = inner._store
     if isinstance(inner, LocalStore):
-        place = inner.root / folder
-        return dict(_files_in(place, prefix)) if place.is_dir() else {}
+        return dict(_files_in(inner.root / folder, prefix, frozenset()))
 
     async def keys() -> dict[str, float]:
         return {key: 0.0 async for key in store.list_prefix(prefix)}
@@ -143,20 +142,47 @@ def times_below(store: Store, folder: str) -> dict[str, float]:
     return sync(keys())
 
 
-def _files_in(place: Path, prefix: str) -> Iterator[tuple[str, float]]:
-    with suppress(FileNotFoundError), os.scandir(place) as entries:
+def _files_in(
+    place: Path, prefix: str, above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[str, float]]:
+    """Keys and times of files in a folder, and all below but what a link leads back to."""
+    with _if_there(), os.scandir(place) as entries:
+        here = os.stat(place)
+        above |= {(here.st_dev, here.st_ino)}
         for entry in entries:
-            try:
-                state = entry.stat()
-            except OSError as error:
-                if error.errno not in NOT_THERE:
-                    raise
-                continue  # a late writer has renamed it meanwhile, or a link leads nowhere
             below = f"{prefix}{entry.name}"
-            if stat.S_ISDIR(state.st_mode):
-                yield from _files_in(Path(entry.path), f"{below}/")
-            elif state.st_size:
-                yield below, state.st_mtime
+            with _if_there():  # a late writer has renamed it, or a link leads nowhere
+                state = entry.stat()
+                if not stat.S_ISDIR(state.st_mode):
+                    if state.st_size:
+                        yield below, state.st_mtime
+                elif (state.st_dev, state.st_ino) not in above:
+                    yield from _files_in(Path(entry.path), f"{below}/", above)
+
+
+@contextmanager
+def _if_there() -> Iterator[None]:
+    """Go on behind it where a path leads to nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
+
+
+def bring_to_disk(address: str, key: str) -> None:
+    """Have what was written at `key` outlive a power failure, where it is a file."""
+    if "://" in address or address.startswith(IN_MEMORY):
+        return
+    path = Path(address, key)
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+    with suppress(OSError):  # not every system can do so for a folder
+        number = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def group_document(attributes: dict[str, Any]) -> bytes:

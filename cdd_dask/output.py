@@ -170,7 +170,7 @@ def check_vacant(path: Path, overwrite: bool) -> int:
     """Bytes that overwriting what is at `path` frees."""
     if not path.exists() and not path.is_symlink():
         return 0
-    if path.is_dir() and {entry.name for entry in path.iterdir()} <= {lease.GROUP}:
+    if path.is_dir() and lease.is_vacant(str(path)):
         return 0
     if path.is_symlink() and is_our_store(path):
         raise OutputExistsError(
@@ -196,7 +196,11 @@ def _check_remote(address: str, overwrite: bool) -> None:
     try:
         zarr.open_group(store_of(address, read_only=True), mode="r")
     except FileNotFoundError:
-        return
+        if lease.is_vacant(address):
+            return
+        raise OutputExistsError(
+            f"out={address} holds something else than a decomposition: name another output"
+        ) from None
     except (ImportError, OSError, ValueError) as error:
         raise OutputAccessError(f"out={address} cannot be reached: {error}") from error
     remedy = "it is not deleted for you there" if overwrite else "name another output"

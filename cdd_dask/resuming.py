@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from cdd_dask import store
 from cdd_dask.attributes import check_root
@@ -27,13 +30,23 @@ from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Pass, Plan, Resources, Volume
 from cdd_dask.seals import is_sealed
 from cdd_dask.statistics import Statistics
-from cdd_dask.working import Nature, geometry, nature_of, outputs, snapshots_of, uses
+from cdd_dask.working import (
+    Nature,
+    geometry,
+    layers_by_voxels,
+    nature_of,
+    outputs,
+    snapshots_of,
+    uses,
+)
 
 SECONDS_TO_SYNC = 300.0
 """Time after which systems have surely brought to their disks what was written.
 
 It is far above the differences of clocks that the preflight warns of.
 """
+TIMES_TO_DOUBT = 32
+"""Shards whose times do not count, as those of a clock that was set would hide the others."""
 
 log = logging.getLogger(__name__)
 
@@ -175,15 +188,15 @@ def unfinished(plan: Plan, address: str, attributes: dict[str, Any]) -> list[set
     """
     fingerprint, work = attributes["fingerprint"], attributes["scratch"] or address
     passes = plan.passes
-    marks = [read_marks(address, fingerprint, number) for number in range(len(passes))]
-    nature = nature_of(plan, _source_statistics(marks[0]))
-    without_outputs = _lost_outputs(plan, address, marks)
+    # not the marks themselves: those of all passes at once may be too many
+    finished = [set(read_marks(address, fingerprint, number)) for number in range(len(passes))]
+    nature = nature_of(plan, _source_statistics(read_marks(address, fingerprint, 0)))
+    without_outputs = _lost_outputs(plan, address, fingerprint, finished)
     needs = Needs()
     left: list[set[int]] = []
     for number in reversed(range(len(passes))):
-        one, done = passes[number], set(marks[number])
+        one, done = passes[number], finished[number]
         _, writes = uses(plan, one)
-        missing = set(range(one.tasks)) - done
         lost = without_outputs[number]
         if done:
             for name in writes:
@@ -192,7 +205,7 @@ def unfinished(plan: Plan, address: str, attributes: dict[str, Any]) -> list[set
                     lost |= some & _lost_blocks(plan, work, name, grid, done, one, nature)
         if lost:
             drop_marks(address, fingerprint, number, lost)
-        left.append(missing | lost)
+        left.append(set(range(one.tasks)) - done | lost)
         needs.add(reads_of(plan, one, left[-1]))
     return left[::-1]
 
@@ -207,49 +220,66 @@ def _source_statistics(marks: dict[int, Mark]) -> Statistics | None:
     return total
 
 
-def _lost_outputs(plan: Plan, address: str, marks: list[dict[int, Mark]]) -> list[set[int]]:
+def _lost_outputs(
+    plan: Plan, address: str, fingerprint: str, finished: list[set[int]]
+) -> list[set[int]]:
     """Blocks of every pass that are done, but an output lacks them, or is not what the mark says.
 
     The latter is looked for in what was written last: a machine that is lost takes with it what it
     has not brought to its disk, and no later pass reads an output. Objects at URLs come whole.
     """
     names = store.output_names(len(plan.edges))
-    lost: list[set[int]] = [set() for _ in marks]
-    newest = 0.0
-    written: list[tuple[float, int, str, int]] = []  # of all blocks but those surely too old
+    lost: list[set[int]] = [set() for _ in finished]
+    written: list[tuple[float, int, str, int]] = []
     for number, one in enumerate(plan.passes):
         for path in (store.image_path(names[k]) for k in sorted(outputs(plan, one))):
             moments = store.write_times(address, path, plan.grid)
-            lost[number] |= marks[number].keys() - moments.keys()
-            newest = max(newest, *moments.values(), 0.0)
-            written += [
-                (moments[block], number, path, block)
-                for block in marks[number].keys() & moments.keys()
-                if moments[block] > max(newest - SECONDS_TO_SYNC, 0.0)
-            ]
-    late = [one for one in written if one[0] > newest - SECONDS_TO_SYNC]
-    if late:
-        log.info("checking the %d shards that were written last", len(late))
-    for _, number, path, block in late:
-        try:
-            values = store.read_block(address, path, plan.grid.core(block))
-        except Exception:  # a damaged shard makes Zarr fail in any way
-            lost[number].add(block)
-            continue
-        if store.checksum(values) != marks[number][block].checksums.get(path):
-            lost[number].add(block)
+            lost[number] |= finished[number] - moments.keys()
+            there = finished[number] & moments.keys()
+            written = _written_last(
+                written + [(moments[block], number, path, block) for block in there]
+            )
+    if written:
+        log.info("checking the %d shards that were written last", len(written))
+    for number in {number for _, number, _, _ in written}:
+        marks = read_marks(address, fingerprint, number)
+        for _, _, path, block in (one for one in written if one[1] == number):
+            try:
+                values = store.read_block(address, path, plan.grid.core(block))
+            except Exception:  # a damaged shard makes Zarr fail in any way
+                lost[number].add(block)
+                continue
+            if store.checksum(values) != marks[block].checksums.get(path):
+                lost[number].add(block)
     return lost
+
+
+def _written_last(written: list[tuple[float, int, str, int]]) -> list[tuple[float, int, str, int]]:
+    """What may not have come to the disk, of what was written, given by the time first."""
+    newest = heapq.nlargest(TIMES_TO_DOUBT, (moment for moment, *_ in written))
+    since = max(newest[-1] - SECONDS_TO_SYNC, 0.0) if newest else 0.0
+    return [one for one in written if one[0] > since]
 
 
 def _lost_blocks(
     plan: Plan, work: str, name: str, grid: Grid, done: set[int], one: Pass, nature: Nature
 ) -> set[int]:
-    """Blocks that are done but whose part of a working array is gone; of cells, all of them."""
+    """Blocks that are done but whose part of a working array is gone.
+
+    Of what a pass over cells writes it may be all of them.
+    """
     if name not in store.work_arrays(work):
         return done
     if grid == plan.grid:
         return done - store.write_times(work, store.work_path(name), grid).keys()
     missing = store.missing_shards(store.work_array(work, name))
+    if (layers := layers_by_voxels(plan, name)) is not None:
+        counts = plan.grid.counts
+        # layers beyond a face are written with the block at it
+        index = [
+            np.subtract(place[1:], layers).clip(0, np.subtract(counts, 1)) for place in missing
+        ]
+        return done & {int(np.ravel_multi_index(tuple(place), counts)) for place in index}
     if name.startswith("snapshots"):  # of which every pass writes some
         written = snapshots_of(plan, one, nature.sign)
         lost = {place[1:] for place in missing if place[0] in written}

@@ -43,16 +43,20 @@ class FileStore(LocalStore):
         prototype: BufferPrototype | None = None,
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
-        if not _is_file(self.root / key):  # to open a pipe would wait for ever
+        if not stat.S_ISREG(_kind(self.root / key)):  # to open a pipe would wait for ever
             return None
         return await super().get(key, prototype, byte_range)
 
     async def set(self, key: str, value: Buffer) -> None:
+        self._check_writable()
         await asyncio.to_thread(_make_way, self.root, key)
         await super().set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        self._check_writable()
         await asyncio.to_thread(_make_way, self.root, key)
+        # where that cannot be done Zarr would say nothing
+        await asyncio.to_thread((self.root / key).parent.mkdir, parents=True, exist_ok=True)
         try:
             await super().set_if_not_exists(key, value)
         except OSError as error:
@@ -71,7 +75,7 @@ class FileStore(LocalStore):
             await super().delete_dir(prefix)
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        if (self.root / prefix).is_dir():
+        if stat.S_ISDIR(_kind(self.root / prefix)):
             async for name in super().list_dir(prefix):
                 yield name
 
@@ -160,28 +164,43 @@ async def _all(names: AsyncIterator[str]) -> list[str]:
     return [name async for name in names]
 
 
-def _is_file(path: Path) -> bool:
+def _kind(path: Path) -> int:
+    """What a path leads to, as `stat` has it; 0 if to nothing."""
     try:
-        return stat.S_ISREG(path.stat().st_mode)
+        return path.stat().st_mode
     except OSError as error:
         if error.errno in NOT_THERE:
-            return False
+            return 0
         raise
 
 
 def _make_way(root: Path, key: str) -> None:
-    """Remove what somebody has put in the way of a file: a folder, or no folder above it."""
+    """Remove what somebody has put in the way of a file: a folder, or no folder above it.
+
+    A link to what is not there stays, which may be a disk that is not mounted. Others may write
+    beside this one: of what they make meanwhile nothing is removed.
+    """
     path = root / key
-    if path.is_dir():
+    if path.is_dir() or _is_strange(path):
         _remove(path)
     if path.parent.is_dir():
         return
     for above in path.relative_to(root).parents:
         place = root / above
-        if place != root and not place.is_dir():
-            # others may make that folder meanwhile, which this does not remove
+        if place != root and (place.is_file() or _is_strange(place)):
             with suppress(OSError):
                 place.unlink()
+
+
+def _is_strange(path: Path) -> bool:
+    """Whether there is a link that leads to itself, a pipe or the like."""
+    try:
+        kind = path.lstat().st_mode
+        if stat.S_ISLNK(kind):
+            kind = path.stat().st_mode
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return not (stat.S_ISREG(kind) or stat.S_ISDIR(kind))
 
 
 def _remove(path: Path) -> None:

@@ -39,6 +39,7 @@ from cdd_dask.faults import Fault, mark
 from cdd_dask.marks import keep_copy, read_copy
 from cdd_dask.objects import (
     IN_MEMORY,
+    bring_to_disk,
     names_in,
     read_attributes,
     read_object,
@@ -126,8 +127,9 @@ def remove_store(path: Path) -> None:
     scratch = known.get("scratch")
     if isinstance(scratch, str) and SCRATCH_NAME.fullmatch(scratch.rpartition("/")[2]):
         with suppress(OSError, ValueError, ImportError):  # it is gone, or no store of that run
-            held = (read_attributes(scratch, "") or {}).get(KEY, {})
-            if held.get("output") == str(path):  # and not of the store that this is a copy of
+            held = (read_attributes(scratch, "") or {}).get(KEY)
+            # and not of the store that this is a copy of
+            if isinstance(held, dict) and held.get("output") == str(path):
                 _remove_everything(scratch)
     if known.get("complete"):  # it no longer is, should this be stopped halfway
         whole = sealed({**known, "complete": False})
@@ -483,6 +485,7 @@ def write_attributes(
     for name, known in groups.items():
         root[name].attrs[KEY] = known
     root.attrs[KEY] = whole
+    bring_to_disk(address, "zarr.json")
 
 
 def write_times(address: str, path: str, grid: Grid) -> dict[int, float]:

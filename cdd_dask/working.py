@@ -166,16 +166,26 @@ def geometry(plan: Plan, name: str, nature: Nature) -> Grid | None:
         "groups": group_count(stage.regime, stage.levels) + 1 + shared,
         "snapshots": len(kept_steps(stage, nature.sign)),
     }[kind]
-    by_voxels = kind == "means" or (kind == "groups" and part[-1] == "0")
-    if not by_voxels:
+    layers = layers_by_voxels(plan, name)
+    if layers is None:
         at_once = 1 if kind == "snapshots" else values  # which are written one after the other
         return Grid((values, *stage.cell_domain), (at_once, *stage.cell_block))
     cells = coarse_shape(plan.volume.shape, stage.levels)
     block = coarse_shape(plan.block, stage.levels)
-    if kind == "means":  # layers beyond the faces are parts of blocks of their own
-        layers = face_layers(plan.parameters, stage.levels)
-        cells = tuple(n + layer * (b + 1) for n, layer, b in zip(cells, layers, block, strict=True))
+    # layers beyond the faces are parts of blocks of their own
+    cells = tuple(n + layer * (b + 1) for n, layer, b in zip(cells, layers, block, strict=True))
     return Grid((values, *cells), (values, *block))
+
+
+def layers_by_voxels(plan: Plan, name: str) -> tuple[int, ...] | None:
+    """Layers of cells beyond the faces that an array has; None if passes over cells write it.
+
+    Of the others each block of voxels writes the part that is its own.
+    """
+    kind, number, *part = name.split("_")
+    if kind == "means":
+        return face_layers(plan.parameters, _stage(plan, int(number)).levels)
+    return (0,) * len(plan.block) if kind == "groups" and part[-1] == "0" else None
 
 
 def _stage(plan: Plan, k: int) -> Stage:

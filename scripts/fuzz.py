@@ -231,11 +231,11 @@ def _message(receiver: Any, process: Any, out: Path) -> tuple[str, Any]:
     """
     try:
         if not receiver.poll(PATIENCE):
-            before = _blocks_done(out)
+            before = _marks(out)
             if not receiver.poll(PATIENCE):
                 process.kill()
                 process.join()
-                if _blocks_done(out) > before:
+                if _marks(out) != before:
                     return "long", ""
                 return "finding", f"hangs for more than {2 * PATIENCE:g} s"
         outcome, text = receiver.recv()
@@ -245,8 +245,9 @@ def _message(receiver: Any, process: Any, out: Path) -> tuple[str, Any]:
         return "finding", f"died, exit code {process.exitcode}"
 
 
-def _blocks_done(out: Path) -> int:
-    return sum(1 for _ in out.glob("**/done/pass_*/blocks/*/zarr.json"))
+def _marks(out: Path) -> set[Path]:
+    """Where done marks lie, of blocks and of whole passes."""
+    return {*out.glob("**/done/pass_*/**/zarr.json")}
 
 
 def _save(case: Case, command: list[str], text: str, folder: Path, findings: Path) -> None:

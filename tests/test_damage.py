@@ -19,6 +19,7 @@ import zarr
 import cdd_dask
 from cdd_dask import identity, images, lease, mending, run, store
 from cdd_dask.errors import DamagedError, InputError, LeaseError, StoreError, VerificationError
+from cdd_dask.seals import sealed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import damage
@@ -406,6 +407,31 @@ def test_damage_is_named_however_it_is_read(read: Any, damaged: str, made: Path)
         read(cdd_dask.open_decomposition(made).residual)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda array: array.vindex[[3, -1], [3, -1]],
+        lambda array: array.get_coordinate_selection(([3, 47], [3, 39])),
+        lambda array: array[np.eye(*array.shape, dtype=bool)],
+        lambda array: array.vindex[3, [3, 4]],
+    ],
+)
+def test_of_points_only_their_shards_are_compared(read: Any, made: Path, halos: Path):
+    """Not those at which their rows and columns cross."""
+    shard(made, "channel_00", 0, 2).unlink()
+    shard(made, "channel_00", 2, 0).unlink()
+    one, other = (
+        read(cdd_dask.open_decomposition(made, checked=checked).channels[0])
+        for checked in (True, False)
+    )
+    assert np.array_equal(one, other)
+    channel = cdd_dask.open_decomposition(made, checked=True).channels[0]
+    with pytest.raises(DamagedError, match=r"^channel_00/scale0/image, shard \(0, 2\) is not"):
+        channel.vindex[[3, 3], [3, 39]]
+    with pytest.raises(IndexError):
+        cdd_dask.open_decomposition(halos, checked=True).channels[0].vindex[[3], [400]]
+
+
 def test_many_readers_of_checked_channels(made: Path):
     """More than Zarr has threads: none waits for what it would have to do itself."""
     result = cdd_dask.open_decomposition(made, checked=True)
@@ -588,3 +614,62 @@ def test_attributes_that_are_none_are_damaged(held: Any, made: Path, halos: Path
         cdd_dask.verify(made, progress=False)
     assert cdd_dask.repair(made, progress=False).repaired
     assert damage.files_of(halos) == damage.files_of(made)
+
+
+def test_a_root_that_contradicts_itself_gives_way(made: Path, halos: Path):
+    """Somebody has edited and sealed it: its fingerprint is not its identity's."""
+
+    def change(document: Any) -> None:
+        held = document["attributes"]["cdd_dask"]
+        held["identity"]["source"]["content"] = "0" * 32
+        document["attributes"]["cdd_dask"] = sealed(held)
+
+    edited(made / "zarr.json", change)
+    with pytest.raises(VerificationError, match=r"zarr\.json has other attributes"):
+        cdd_dask.verify(made, progress=False)
+    assert cdd_dask.repair(made, progress=False).repaired
+    assert damage.files_of(halos) == damage.files_of(made)
+
+
+def test_a_key_that_stands_there_twice_is_damage(made: Path, halos: Path):
+    """Readers differ in which they take."""
+    path = made / "channel_01/scale0/image/zarr.json"
+    text = path.read_text()
+    path.write_text(text.replace('"shape"', '"shape": [7, 7], "shape"', 1))
+    with pytest.raises(VerificationError, match=r"image/zarr\.json is damaged"):
+        cdd_dask.verify(made, progress=False)
+    assert cdd_dask.repair(made, progress=False).repaired
+    assert damage.files_of(halos) == damage.files_of(made)
+
+
+def test_edited_statistics_are_not_shown(made: Path):
+    """The other attributes of an output are not relied on."""
+
+    def change(document: Any) -> None:
+        document["attributes"]["cdd_dask"]["statistics"]["sum_abs"] = 9e9
+
+    edited(made / "channel_00/zarr.json", change)
+    result = cdd_dask.open_decomposition(made)
+    for ask in (result.scale_spectrum, result.table):
+        with pytest.raises(StoreError, match="attributes of channel_00 were edited"):
+            ask()
+
+
+def test_a_source_that_is_told_by_samples_proves_nothing(
+    made: Path, halos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Written since, between the samples, and the done marks are lost, too."""
+    monkeypatch.setattr(identity, "SMALL", 100)
+    known = json.loads((made / "zarr.json").read_text())["attributes"]["cdd_dask"]["identity"]
+    monkeypatch.setattr(identity, "content_of", lambda source: known["source"]["content"])
+    field = np.load(halos.parent / "field.npy")
+    field[20:30, 20:30] += 1
+    np.save(made.parent / "field.npy", field)
+    for place in (made / "done").glob("pass_*"):
+        (place / "zarr.json").unlink()
+        (place / "copy/zarr.json").unlink()
+    for output in ("channel_00", "channel_01", "residual"):
+        shard(made, output, 1, 1).unlink()
+    done = cdd_dask.repair(made, made.parent / "field.npy", progress=False)
+    assert not any(what.block == 4 for what in done.repaired)
+    assert {what.block for what, _ in done.impossible} >= {4}

@@ -575,7 +575,7 @@ def test_places_that_cannot_be_written(store: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(OutputAccessError, match="loop"):
         export(store, "npy", out=tmp_path / "loop" / "sub", progress=False)
     with pytest.raises(OutputAccessError, match="name too long"):
-        export(store, "npy", out=tmp_path / f"{'x' * 250}.npy", channel=0, progress=False)
+        export(store, "npy", out=tmp_path / f"{'x' * 300}.npy", channel=0, progress=False)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(OutputAccessError, match="no permission"):
         export(store, "npy", out=tmp_path / "new", progress=False)

@@ -15,7 +15,15 @@ import zarr
 import cdd_dask
 from cdd_dask import layout, objects, store
 from cdd_dask.blocks import Grid
-from cdd_dask.errors import BlockError, CddError, DamagedError, InputError, RunError, StoreError
+from cdd_dask.errors import (
+    BlockError,
+    CddError,
+    DamagedError,
+    InputError,
+    OutputExistsError,
+    RunError,
+    StoreError,
+)
 from cdd_dask.parameters import Parameters
 
 FAST: dict[str, Any] = {"max_scale": 2, "e_rel": 0.3, "progress": False}
@@ -377,3 +385,17 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path):
     objects.write_object(address, "four", b"a file")
     assert (tmp_path / "elsewhere/mine").read_text() == "precious"
     assert objects.names_in(address, "") == ["four", "one"]
+
+
+@pytest.mark.parametrize("what", ["lease", "lease/contract.pdf", "work/thesis.tex", "photo.jpg"])
+@pytest.mark.parametrize("kind", ["folder", "url"])
+def test_what_others_have_put_there_stays(kind: str, what: str, tmp_path: Path, lognormal: Any):
+    """Whatever it is called."""
+    pytest.importorskip("fsspec")
+    out = str(tmp_path / "out") if kind == "folder" else f"memory://{tmp_path.name}/out"
+    objects.write_object(out, what, b"precious")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError):
+            cdd_dask.decompose(lognormal((20, 20)), out, overwrite=overwrite, **FAST)
+    assert objects.read_object(out, what) == b"precious"
+    assert objects.names_in(out, "") == [what.partition("/")[0]]

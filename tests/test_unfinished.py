@@ -15,8 +15,9 @@ import pytest
 import zarr
 
 import cdd_dask
-from cdd_dask import run, store
+from cdd_dask import resuming, run, store
 from cdd_dask.errors import (
+    CddError,
     DamagedError,
     DifferentRunError,
     InputError,
@@ -157,9 +158,11 @@ def test_what_a_lost_machine_has_not_written_is_made_again(
 
 
 def test_what_was_written_long_before_is_not_read_again(
-    before_task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+    before_task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
     """A run over days need not read all that it has written whenever it goes on."""
+    monkeypatch.setattr(resuming, "TIMES_TO_DOUBT", 1)
     source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
     begin(before_task, source, out)
     files = sorted(path for path in out.glob("*/scale0/image/c/*/*"))
@@ -169,6 +172,18 @@ def test_what_was_written_long_before_is_not_read_again(
     with caplog.at_level(logging.INFO, "cdd_dask"):
         cdd_dask.decompose(source, out, **OPTIONS)
     assert "checking the 2 shards that were written last" in caplog.text
+
+
+def test_a_time_in_the_future_hides_nothing(before_task: Any, tmp_path: Path):
+    """As of a clock that was set: what was torn is found all the same."""
+    source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
+    begin(before_task, source, out)
+    shards = out / "channel_00/scale0/image/c"
+    moment = shards.stat().st_mtime + 4000
+    os.utime(shards / "0/0", (moment, moment))
+    (shards / "1/1").write_bytes((shards / "1/1").read_bytes()[:-30])
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert_whole(out, source)
 
 
 @pytest.mark.parametrize(("key", "value"), [("scale_from", 9.0), ("scale_to", 7.5), ("unit", "pc")])
@@ -442,3 +457,54 @@ def test_what_is_no_folder_is_replaced(what: str, names: tuple[str], half: tuple
         replace(out / name, what)
     cdd_dask.decompose(source, out, **OPTIONS)
     assert_whole(out, source)
+
+
+def test_a_link_to_what_is_not_there_stays(half: tuple[Path, Path], tmp_path: Path):
+    """It may be a disk that is not mounted: a run that goes on says so, and does nothing."""
+    source, out = half
+    (out / "channel_00").rename(tmp_path / "elsewhere")
+    (out / "channel_00").symlink_to(tmp_path / "disk" / "channel_00")
+    with pytest.raises(CddError, match="channel_00"):
+        cdd_dask.decompose(source, out, **OPTIONS)
+    assert (out / "channel_00").is_symlink()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "disk" / "channel_00")
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert (out / "channel_00").is_symlink()
+    assert_whole(out, source)
+
+
+def test_links_that_lead_back_are_not_followed(half: tuple[Path, Path]):
+    """For ever."""
+    source, out = half
+    for name in ("channel_00/scale0/image/c/a", "channel_00/scale0/image/c/b"):
+        (out / name).symlink_to(".")
+    cdd_dask.decompose(source, out, **OPTIONS)
+    cdd_dask.decompose(source, out, **OPTIONS)
+    assert_whole(out, source)
+
+
+@pytest.mark.parametrize("boundary", ["reflect", "nearest"])
+@pytest.mark.parametrize("count", [4, 9])
+def test_means_that_are_lost_are_made_again(
+    boundary: str, count: int, before_task: Any, tmp_path: Path
+):
+    """Of the block that wrote them, whether or not all have done so."""
+    options = {"min_scale": 16, "max_scale": 32, "e_rel": 0.4, "boundary": boundary}
+    source, out = tmp_path / "field.npy", tmp_path / "out.zarr"
+    np.save(source, FIELD)
+    executed = before_task(count, stop)
+    options = {**OPTIONS, "rtol": 1e-3, **options}
+    options.pop("engine")
+    with pytest.raises(Stopped):
+        cdd_dask.decompose(source, out, **options)
+    first = [*executed]
+    lost = [*(out / "work/means_00_part_0/c/0").glob("*/*")][-1]
+    lost.unlink()
+    again = before_task(10**9, stop)
+    cdd_dask.decompose(source, out, **options)
+    assert len({key for key in set(first) & set(again) if key[0] == 0}) == 1
+    cdd_dask.verify(out, source, progress=False)
+    whole = cdd_dask.decompose(source, **options)
+    for one, other in zip((*whole.channels, whole.residual), outputs_of(out), strict=True):
+        assert np.array_equal(one[...], other[...])

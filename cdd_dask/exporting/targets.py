@@ -38,7 +38,7 @@ def target_paths(
     if not text or "://" in text:
         raise InputError(f"out={text!r} is no path on this machine: files are written to folders")
     path = Path(os.path.abspath(Path(text).expanduser()))
-    ending = "" if path.is_dir() else path.name.lower()
+    ending = "" if os.path.isdir(path) else path.name.lower()
     if ending.endswith(SUFFIXES[to]):
         if len(names) == 1:
             return [path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -65,11 +66,13 @@ def appearing(target: Path) -> Iterator[Path]:
     DiskSpaceError, OutputAccessError
         If the file cannot be written.
     """
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    partial = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # what the disk refuses, it refuses here
+        if target.is_file() and not target.is_symlink():
+            shutil.copymode(target, partial)
         os.replace(partial, target)
     except OSError as error:
         if isinstance(error, CddError):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 OUTPUT = re.compile(r"/(?:channel_\d{2,}|residual)/scale0/image$")
 """Where an output of ours lies in its store."""
+DEEPEST = 5
+"""How far below a group arrays are looked for, to be named; links may lead back to it."""
 LEVELS_ABOVE = 3
 """How far above an array the group may be whose metadata tell of it."""
 
@@ -55,7 +57,7 @@ def open_zarr(address: str) -> Source:
     except (BaseZarrError, ValueError, KeyError, OSError, ImportError) as error:
         raise SourceReadError(f"source {address} is no readable Zarr array: {error}") from error
     if isinstance(node, zarr.Group):
-        arrays = [name for name, item in node.members(max_depth=None) if hasattr(item, "dtype")]
+        arrays = [name for name, item in node.members(max_depth=DEEPEST) if hasattr(item, "dtype")]
         listed = ", ".join(f"{address}/{name}" for name in arrays[:8]) or "it holds none"
         raise InputError(f"source {address} is a Zarr group: name one of its arrays ({listed})")
     return zarr_source(node, address)
