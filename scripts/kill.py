@@ -156,7 +156,7 @@ def command_of(kind: str, source: Path, out: Path, scheduler: str) -> list[str]:
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         options += [f"--{name.replace('_', '-')}", text]
     return [
-        *(sys.executable, "-m", "cdd_dask.cli", "decompose", str(source), str(out)),
+        *(sys.executable, "-m", "cdd_dask", "decompose", str(source), str(out)),
         *("--scheduler", scheduler, "--quiet", *options),
     ]
 

@@ -74,7 +74,7 @@ def make_volume(path: Path, size: int, blank: float) -> None:
 
 def measure(size: int, memory: str, options: list[str], blank: float = 0.0) -> dict[str, float]:
     """Volume, budget, projected and measured peak in bytes, for one run of the CLI."""
-    cli = [sys.executable, "-m", "cdd_dask.cli"]
+    cli = [sys.executable, "-m", "cdd_dask"]
     options = [*options, "--memory", memory, "--quiet", "--overwrite"]
     folder = Path(tempfile.mkdtemp(prefix="cdd-memory-"))
     try:

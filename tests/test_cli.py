@@ -28,7 +28,7 @@ def run(*arguments: object) -> Result:
 def status(*arguments: object) -> tuple[int, str]:
     """Exit status and standard error of the command, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "cdd_dask.cli", *map(str, arguments)],
+        [sys.executable, "-m", "cdd_dask", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,

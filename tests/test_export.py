@@ -731,7 +731,7 @@ def test_exit_status(store: Path):
     """2 where the request is refused, 1 where the store is damaged; one line each."""
 
     def status(*arguments: object) -> tuple[int, str]:
-        command = [sys.executable, "-m", "cdd_dask.cli", "export", str(store), "--to", "npy"]
+        command = [sys.executable, "-m", "cdd_dask", "export", str(store), "--to", "npy"]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
         return done.returncode, done.stderr
 

@@ -529,7 +529,7 @@ def started(folder: Path, *options: str, marker: str = "-pass1:") -> subprocess.
     np.save(folder / "in.npy", np.random.default_rng(0).lognormal(size=(96, 96, 96)))
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "cdd_dask.cli", "decompose", "in.npy", "out.zarr"),
+            *(sys.executable, "-m", "cdd_dask", "decompose", "in.npy", "out.zarr"),
             *("--engine", "reference", "--num-channels", "4", *options),
         ],
         cwd=folder,

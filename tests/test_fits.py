@@ -280,7 +280,7 @@ def test_a_damaged_file_on_the_command_line(tmp_path: Path):
     """One line, exit status 2, no traceback."""
     (tmp_path / "in.fits").write_bytes(b"SIMPLE  =                    T" + b" " * 50)
     done = subprocess.run(
-        [sys.executable, "-m", "cdd_dask.cli", "decompose", "in.fits", "out.zarr"],
+        [sys.executable, "-m", "cdd_dask", "decompose", "in.fits", "out.zarr"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2

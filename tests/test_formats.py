@@ -619,7 +619,7 @@ def test_errors_on_the_command_line(tmp_path: Path):
     tif(tmp_path / "in.tif")
     for source in ("in.h5", "in.h5::/c", "in.tif::4", "in.nii.gz", "in.tif::"):
         done = subprocess.run(
-            [sys.executable, "-m", "cdd_dask.cli", "plan", source],
+            [sys.executable, "-m", "cdd_dask", "plan", source],
             cwd=tmp_path, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 2, source

@@ -63,7 +63,7 @@ LAYERS = (
         "verification",
         "mending",
     ),
-    ("cli",),
+    ("cli", "__main__"),
 )
 """From the ground up; a file imports from its own layer and those below."""
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -381,7 +381,7 @@ def test_doctor_of_a_cluster(here: Path):
         n_workers=1, threads_per_worker=1, memory_limit="1GB", dashboard_address="127.0.0.1:0"
     )
     with few as cluster, Client(cluster) as client:
-        command = [sys.executable, "-m", "cdd_dask.cli", "doctor", "--scheduler"]
+        command = [sys.executable, "-m", "cdd_dask", "doctor", "--scheduler"]
         done = subprocess.run([*command, cluster.scheduler_address], capture_output=True, text=True)
         assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "ready"), done
         made = cdd_dask.plan((400, 400, 400), client=client, memory="2GB", max_scale=4)

@@ -476,7 +476,7 @@ def test_a_scheduler_is_reached_by_tls(tmp_path: Path):
     ) as cluster:  # fmt: skip
         address = cluster.scheduler_address
         assert address.startswith("tls://127.0.0.1:")
-        command = [sys.executable, "-m", "cdd_dask.cli", "decompose", tmp_path / "in.npy"]
+        command = [sys.executable, "-m", "cdd_dask", "decompose", tmp_path / "in.npy"]
         options = ["--max-scale", "2", "--quiet", "--scheduler", address]
         done = subprocess.run(
             [*command, tmp_path / "out.zarr", *options],
