@@ -79,7 +79,7 @@ ROUNDING = 1e-6
 """What float32 adds, relative to the field's range."""
 
 
-@few(8)
+@few(6)
 @given(
     cut=cuts(),
     edges=scales(),
@@ -115,7 +115,7 @@ def test_blocks_equal_the_whole(
     assert np.abs(blocked - whole).max() <= allowed
 
 
-@few(8)
+@few(6)
 @given(
     cut=cuts(),
     constraint=st.sampled_from(["inverted", "unconstrained"]),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from examples import few
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ def pool(workers: int) -> dict[str, Any]:
 # memory
 
 
-@settings(max_examples=80)
+@few(40)
 @given(
     shape=SHAPES,
     megabytes=st.integers(7, 3000),
