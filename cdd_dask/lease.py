@@ -172,7 +172,9 @@ def is_vacant(address: str) -> bool:
     """Whether there is nothing at an address, or at most the lease of a run that may begin."""
     names = [*objects.names_in(address, ""), *objects.names_in(address, GROUP)]
     others = {name for name in names if not PARTIAL.fullmatch(name)} - {GROUP, "zarr.json"}
-    return not others and not any(objects.has_object(address, key) for key in (GROUP, "zarr.json"))
+    if others or any(objects.has_object(address, key) for key in (GROUP, "zarr.json")):
+        return False
+    return Lease.read(address) != UNKNOWN
 
 
 class Lease:

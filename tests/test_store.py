@@ -387,7 +387,9 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path):
     assert objects.names_in(address, "") == ["four", "one"]
 
 
-@pytest.mark.parametrize("what", ["lease", "lease/contract.pdf", "work/thesis.tex", "photo.jpg"])
+@pytest.mark.parametrize(
+    "what", ["lease", "lease/contract.pdf", "lease/zarr.json", "work/thesis.tex"]
+)
 @pytest.mark.parametrize("kind", ["folder", "url"])
 def test_what_others_have_put_there_stays(kind: str, what: str, tmp_path: Path, lognormal: Any):
     """Whatever it is called."""
