@@ -249,7 +249,7 @@ def spectrum(store: str, csv_file: str | None) -> None:
         with click.open_file(csv_file, "w") as stream:  # which nothing may replace
             stream.write(text.getvalue())
         return
-    with appearing(file.resolve()) as partial:
+    with appearing(Path(os.path.realpath(file))) as partial:  # of a link, what it leads to
         partial.write_text(text.getvalue(), newline="")
 
 

@@ -105,6 +105,12 @@ def test_config_file_and_command_line(source: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("axes: [0.9, 1.9]", "whole numbers"),
+        ("block: [16, 1.5]", "whole numbers"),
+        ("block: true", "whole numbers"),
+        ("e_rel: true", "is not a valid float"),
+        ("spacing: [true, 2]", "neither numbers like"),
+        ("max_scale: 4\nmax_scale: 8", "max_scale stands there twice"),
         ("max_scal: 4", "max_scal"),
         ("- 1", "must map option names"),
         ("max_scale: [", "cannot be read"),

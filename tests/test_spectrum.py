@@ -119,6 +119,15 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(
     assert f"{file} cannot be written: No space left" in str(done.exception)
     assert [*tmp_path.glob("*s.csv*")] == [file]
     assert file.read_text() == "of yesterday"
+    monkeypatch.undo()
+    (tmp_path / "link.csv").symlink_to(file)
+    file.chmod(0o600)
+    for name in ("link.csv", "s.csv"):
+        command = ["spectrum", str(made), "--csv", str(tmp_path / name)]
+        assert CliRunner().invoke(cli.cli, command).exit_code == 0
+    assert (tmp_path / "link.csv").is_symlink()
+    assert file.read_text().startswith("output,")
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_an_incomplete_store_has_no_spectrum(made: Path):
