@@ -7,10 +7,13 @@ import signal
 
 def main() -> None:
     """Run the command."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # which would say so with a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from cdd_dask.cli import main as run
 
-    signal.signal(signal.SIGINT, before)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, before)
     run()
 
 

@@ -441,3 +441,7 @@ def main() -> None:
         click.echo(f"error: {reason}", err=True)
         refused = isinstance(error, CddError | FileNotFoundError)
         sys.exit(2 if refused and not isinstance(error, FAILURES) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -74,6 +74,7 @@ def _check_plain(text: str) -> None:
         if depth > DEEPEST or isinstance(event, yaml.AliasEvent):
             raise ValueError("options are numbers, texts or lists of them, without aliases (*name)")
     root = yaml.compose(text, yaml.SafeLoader)
-    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    keys = [str(key.value).replace("-", "_") for key, _ in pairs]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ValueError(f"{min(twice)} stands there twice")

@@ -171,10 +171,14 @@ def _exists(number: int) -> bool:
 def is_vacant(address: str) -> bool:
     """Whether there is nothing at an address, or at most the lease of a run that may begin."""
     names = [*objects.names_in(address, ""), *objects.names_in(address, GROUP)]
-    others = {name for name in names if not PARTIAL.fullmatch(name)} - {GROUP, "zarr.json"}
-    if others or any(objects.has_object(address, key) for key in (GROUP, "zarr.json")):
+    others = {name for name in names if not PARTIAL.fullmatch(name)} - {"", GROUP, "zarr.json"}
+    there, root, held = (objects.read_object(address, key) for key in (GROUP, "zarr.json", KEY))
+    if others or there is not None or root is not None:
         return False
-    return Lease.read(address) != UNKNOWN
+    # a lost machine may leave a lease empty, or nothing but zeros
+    return not (held or b"").strip(b"\0") or "token" in (
+        objects.read_attributes(address, GROUP) or {}
+    )
 
 
 class Lease:
@@ -322,3 +326,5 @@ class Lease:
         values = {**asdict(self._holder), "beat": time.time()}
         data = objects.group_document(values)
         objects.write_object(self._address, KEY, data, new=new)
+        if new:
+            objects.bring_to_disk(self._address, KEY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -23,6 +24,9 @@ IN_MEMORY = "in-memory:"
 
 AT_ONCE = 256
 """Objects that are read at the same time."""
+
+NO_FLUSHING = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
+"""What file systems that cannot bring a file to a disk say to it."""
 
 _numbers = itertools.count()
 _memory_stores: weakref.WeakValueDictionary[str, MemoryStore] = weakref.WeakValueDictionary()
@@ -172,11 +176,23 @@ def _if_there() -> Iterator[None]:
 
 def bring_to_disk(address: str, key: str) -> None:
     """Have what was written at `key` outlive a power failure, where it is a file."""
-    if "://" in address or address.startswith(IN_MEMORY):
-        return
-    path = Path(address, key)
+    import asyncio
+
+    from zarr.core.sync import sync
+
+    from cdd_dask.retrying import tried
+
+    if "://" not in address and not address.startswith(IN_MEMORY):
+        sync(tried(lambda: asyncio.to_thread(_flush, Path(address, key))))
+
+
+def _flush(path: Path) -> None:
     with path.open("r+b") as file:
-        os.fsync(file.fileno())
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in NO_FLUSHING:
+                raise
     with suppress(OSError):  # not every system can do so for a folder
         number = os.open(path.parent, os.O_RDONLY)
         try:

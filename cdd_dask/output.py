@@ -8,7 +8,13 @@ from pathlib import Path
 
 from cdd_dask import lease
 from cdd_dask.addresses import check_address
-from cdd_dask.errors import DiskSpaceError, InputError, OutputAccessError, OutputExistsError
+from cdd_dask.errors import (
+    CddError,
+    DiskSpaceError,
+    InputError,
+    OutputAccessError,
+    OutputExistsError,
+)
 from cdd_dask.memory import format_bytes
 from cdd_dask.objects import store_of
 from cdd_dask.plans import Plan
@@ -194,13 +200,16 @@ def _check_remote(address: str, overwrite: bool) -> None:
     import zarr
 
     try:
-        zarr.open_group(store_of(address, read_only=True), mode="r")
-    except FileNotFoundError:
-        if lease.is_vacant(address):
-            return
-        raise OutputExistsError(
-            f"out={address} holds something else than a decomposition: name another output"
-        ) from None
+        try:
+            zarr.open_group(store_of(address, read_only=True), mode="r")
+        except FileNotFoundError:
+            if lease.is_vacant(address):
+                return
+            raise OutputExistsError(
+                f"out={address} holds something else than a decomposition: name another output"
+            ) from None
+    except CddError:
+        raise
     except (ImportError, OSError, ValueError) as error:
         raise OutputAccessError(f"out={address} cannot be reached: {error}") from error
     remedy = "it is not deleted for you there" if overwrite else "name another output"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ from cdd_dask.errors import (
     CddError,
     DamagedError,
     InputError,
+    OutputAccessError,
     OutputExistsError,
     RunError,
     StoreError,
 )
+from cdd_dask.lease import GROUP, Holder
 from cdd_dask.parameters import Parameters
 
 FAST: dict[str, Any] = {"max_scale": 2, "e_rel": 0.3, "progress": False}
@@ -401,3 +406,49 @@ def test_what_others_have_put_there_stays(kind: str, what: str, tmp_path: Path, 
             cdd_dask.decompose(lognormal((20, 20)), out, overwrite=overwrite, **FAST)
     assert objects.read_object(out, what) == b"precious"
     assert objects.names_in(out, "") == [what.partition("/")[0]]
+
+
+@pytest.mark.parametrize("held", ["of a process that is gone", "torn", "zeros"])
+@pytest.mark.parametrize("kind", ["folder", "url"])
+def test_a_lease_alone_is_taken_over(kind: str, held: str, tmp_path: Path, lognormal: Any):
+    """Its run was killed before it had made a store."""
+    pytest.importorskip("fsspec")
+    out = str(tmp_path / "out") if kind == "folder" else f"memory://{tmp_path.name}/out"
+    gone = replace(Holder.here(), process=2**30, born=1.0)
+    whole = objects.group_document(asdict(gone))
+    data = {"torn": b"", "zeros": bytes(len(whole))}.get(held, whole)
+    objects.write_object(out, f"{GROUP}/zarr.json", data)
+    done = cdd_dask.decompose(
+        lognormal((20, 20)), out, break_lease=held != "of a process that is gone", **FAST
+    )
+    assert done.attrs["complete"]
+
+
+def test_a_url_that_cannot_be_listed(tmp_path: Path, lognormal: Any, monkeypatch: Any):
+    """The message is ours."""
+    memory = pytest.importorskip("fsspec.implementations.memory")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("no listing")
+
+    monkeypatch.setattr(memory.MemoryFileSystem, "ls", refuse)
+    with pytest.raises(OutputAccessError, match="cannot be reached: no listing"):
+        cdd_dask.decompose(lognormal((20, 20)), f"memory://{tmp_path.name}/out", **FAST)
+
+
+def test_a_disk_that_fails_for_a_moment_is_asked_again(
+    tmp_path: Path, lognormal: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """And one that cannot bring a file to its disk is none that fails."""
+    monkeypatch.setattr("cdd_dask.faults.FIRST_WAIT", 0.0)
+    original, calls = os.fsync, []
+
+    def fails(number: int) -> None:
+        calls.append(number)
+        if len(calls) in (1, 5):
+            raise OSError(errno.EIO if len(calls) == 1 else errno.EINVAL, "no")
+        original(number)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    assert decomposed(tmp_path / "out.zarr", lognormal).attrs["complete"]
+    assert len(calls) > 5
