@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from cdd_dask import lease
 from cdd_dask.blocks import Grid, Region, storage_chunks
 from cdd_dask.errors import AGAIN, DamagedError, OutputAccessError, StoreError
-from cdd_dask.faults import Fault, mark
+from cdd_dask.faults import NOT_THERE, Fault, mark
 from cdd_dask.marks import keep_copy, read_copy
 from cdd_dask.objects import (
     IN_MEMORY,
@@ -341,8 +341,10 @@ def _check_there(array: zarr.Array[Any], place: tuple[int, ...]) -> None:
 
     try:
         size = sync(array.store.getsize(_shard_key(array, place)))
-    except FileNotFoundError:
-        raise DamagedError(f"shard {place} is not there") from None
+    except OSError as error:
+        if error.errno in NOT_THERE or isinstance(error, FileNotFoundError):
+            raise DamagedError(f"shard {place} is not there") from None
+        raise
     if size == 0:
         raise DamagedError(f"shard {place} is empty")
 
