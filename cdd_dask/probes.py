@@ -71,7 +71,7 @@ def _is_foreign(folder: Path) -> bool:
 @contextmanager
 def placed(probe: Probe) -> Iterator[None]:
     """Have the probe where it belongs, for others to find."""
-    _remove_old(probe.at)
+    remove_probes(probe.at, time.time() - SECONDS_TO_LIVE)
     write_object(probe.at, probe.name, probe.token.encode())
     try:
         yield
@@ -80,13 +80,16 @@ def placed(probe: Probe) -> Iterator[None]:
             remove_object(probe.at, probe.name)
 
 
-def _remove_old(at: str) -> None:
-    """Delete probes that killed processes have left in a folder."""
-    if "://" in at:
-        return
-    for path in Path(at).glob(f"{PREFIX}*"):
+def left_in(at: str) -> list[Path]:
+    """The probes in a folder, most likely of processes that were killed."""
+    return [] if "://" in at else [*Path(at).glob(f"{PREFIX}*")]
+
+
+def remove_probes(at: str, before: float) -> None:
+    """Delete the probes in a folder that were written before a time."""
+    for path in left_in(at):
         with suppress(OSError):  # another one has deleted it, or may do so
-            if time.time() - path.stat().st_mtime > SECONDS_TO_LIVE:
+            if path.stat().st_mtime < before:
                 path.unlink()
 
 

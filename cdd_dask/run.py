@@ -18,6 +18,7 @@ from cdd_dask.errors import AGAIN, CddError, InputError, RunError, StoreError
 from cdd_dask.executors import Executor
 from cdd_dask.executors.serial import SerialExecutor
 from cdd_dask.identity import difference_of, fingerprint_of, source_identity
+from cdd_dask.lease import Lease
 from cdd_dask.marks import (
     FOLDER,
     Mark,
@@ -31,6 +32,7 @@ from cdd_dask.marks import (
 )
 from cdd_dask.objects import has_object, names_in
 from cdd_dask.plans import Pass, Plan, Stage
+from cdd_dask.probes import left_in, remove_probes
 from cdd_dask.progress import Progress
 from cdd_dask.readers import BadValueError, Source, locate_bad_value
 from cdd_dask.regimes import regime_error
@@ -229,6 +231,8 @@ def clean_up(plan: Plan, address: str, run: str) -> None:
         for number in _passes_without_outputs(plan):
             remove_marks(address, number)
         store.remove_partial(address)
+        if holder := Lease.read(address):  # since then nobody has placed a probe that is still used
+            remove_probes(address, holder.since)
         store.remove_work(address, run)
         scratch = store.scratch_of(address, run)
         if scratch and has_object(scratch, layout.ROOT):
@@ -248,6 +252,7 @@ def has_leftovers(plan: Plan, address: str, scratch: str | None) -> bool:
     return bool(
         marked & passes
         or names_in(address, store.WORK)
+        or left_in(address)
         or (scratch and has_object(scratch, layout.ROOT))
     )
 

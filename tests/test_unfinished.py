@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -508,3 +509,15 @@ def test_means_that_are_lost_are_made_again(
     whole = cdd_dask.decompose(source, **options)
     for one, other in zip((*whole.channels, whole.residual), outputs_of(out), strict=True):
         assert np.array_equal(one[...], other[...])
+
+
+def test_the_probe_of_a_run_that_was_killed_goes(half: tuple[Path, Path]):
+    """With the run that ends, or with the next call, be it complete."""
+    source, out = half
+    probe = out / ".cdd-dask-probe-0123456789ab"
+    for _ in range(2):
+        probe.write_text("a token")
+        os.utime(probe, (0, time.time() - 60))
+        cdd_dask.decompose(source, out, **OPTIONS)
+        assert not probe.exists()
+    assert_whole(out, source)
