@@ -461,6 +461,16 @@ def test_a_compression_that_needs_another_library(tmp_path: Path, compression: i
 # NIfTI
 
 
+def test_nifti_of_a_negative_shape(tmp_path: Path):
+    """Lengths are signed, and two of them may seem to be what the file holds."""
+    path = nii(tmp_path / "in.nii")
+    data = bytearray(path.read_bytes())
+    data[42:46] = b"\xff" * 4  # of the first two axes
+    path.write_bytes(data)
+    with pytest.raises(SourceReadError, match=r"by its header its shape is .*-1, -1"):
+        open_source(path)
+
+
 def test_nifti_is_turned_to_its_own_order(tmp_path: Path):
     """nibabel's ``[i, j, k]`` is our ``[k, j, i]``, and so are spacing and units."""
     nibabel = pytest.importorskip("nibabel")

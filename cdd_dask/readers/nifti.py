@@ -71,6 +71,8 @@ def open_nifti(path: Path, part: str | None = None) -> Source:
             raise
         raise SourceReadError(f"{path} is no readable NIfTI file: {error}") from error
     full = tuple(map(int, reversed(image.shape)))
+    if min(full, default=0) < 0:  # two of which would seem to be some voxels
+        raise SourceReadError(f"{path} is damaged: by its header its shape is {full}")
     kept = squeezed(full)
     shape = tuple(full[axis] for axis in kept)
     if not _is_packed(file):
