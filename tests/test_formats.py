@@ -461,6 +461,17 @@ def test_a_compression_that_needs_another_library(tmp_path: Path, compression: i
 # NIfTI
 
 
+def test_tiff_that_does_not_tell_where_its_strips_are(tmp_path: Path):
+    """They would be read as zeros."""
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "in.tif"
+    tifffile.imwrite(path, np.ones((12, 10), "uint8"), rowsperstrip=12, compression="zlib")
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages[0].tags[257].overwrite(1200)
+    with pytest.raises(SourceReadError, match="tells where 1 of 100 parts of an image lie"):
+        open_source(path)
+
+
 def test_nifti_of_a_negative_shape(tmp_path: Path):
     """Lengths are signed, and two of them may seem to be what the file holds."""
     path = nii(tmp_path / "in.nii")

@@ -51,7 +51,12 @@ def open_tiff(path: Path, part: str | None = None) -> Source:
         page = series.keyframe
         # those of an OME-TIFF lie in files that its metadata name, and which need not be this one
         pages = series.pages if series.is_multifile else [page]
-        # what is in another file than this one tifffile would read as zeros
+        # what a page does not tell of, or what is in another file, tifffile would read as zeros
+        told, parts = len(page.dataoffsets), math.prod(page.chunked)
+        if offset is None and told < parts and not page.is_lsm:
+            raise SourceReadError(
+                f"{path} is damaged: its header tells where {told} of {parts} parts of an image lie"
+            )
         if series.kind == "ome" and any(one is None for one in series.pages):
             raise SourceReadError(f"{path} lacks pages: a file that its metadata name is not there")
         files = [Path(one.parent.filehandle.path) for one in pages]
