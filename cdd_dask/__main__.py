@@ -7,13 +7,10 @@ import signal
 
 def main() -> None:
     """Run the command."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # which would say so with a traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command has a handler of its own
     from cdd_dask.cli import main as run
 
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, before)
     run()
 
 

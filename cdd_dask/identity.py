@@ -140,6 +140,11 @@ def content_change(known: dict[str, Any], found: dict[str, Any]) -> str:
     return difference_of(wanted, given)
 
 
+def change_of(known: dict[str, Any], found: dict[str, Any]) -> str:
+    """What differs between two identities of sources, wherever these lie; "" if nothing does."""
+    return difference_of(known, {**found, "address": known.get("address")})
+
+
 def is_surely_same(source: Source, known: dict[str, Any], found: dict[str, Any]) -> bool:
     """Whether a source holds what it did, by its identities, wherever it lies now.
 
@@ -147,8 +152,7 @@ def is_surely_same(source: Source, known: dict[str, Any], found: dict[str, Any])
     """
     if content_change(known, found):
         return False
-    here = {**found, "address": known.get("address")}
-    by_files = bool(known.keys() - {*CONTENT, "address"}) and not difference_of(known, here)
+    by_files = bool(known.keys() - {*CONTENT, "address"}) and not change_of(known, found)
     return by_files or is_hashed_whole(source)
 
 

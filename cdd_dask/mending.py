@@ -18,12 +18,7 @@ from cdd_dask import layout, objects, store
 from cdd_dask.cone import cone
 from cdd_dask.errors import BudgetError, CddError, OutputAccessError, RunError
 from cdd_dask.executors.serial import SerialExecutor
-from cdd_dask.identity import (
-    content_change,
-    difference_of,
-    is_surely_same,
-    source_identity,
-)
+from cdd_dask.identity import change_of, content_change, is_surely_same, source_identity
 from cdd_dask.lease import Lease
 from cdd_dask.marks import Mark, gather_marks, read_marks
 from cdd_dask.memory import available_memory, byte_count, format_bytes
@@ -181,8 +176,7 @@ class _Mender:
             ]
             return
         why = "computed again it is not what its run wrote"
-        here = {**found_now, "address": known.get("address")}  # it may have been moved
-        why += f": {difference_of(known, here) or 'other versions or machine'}"
+        why += f": {change_of(known, found_now) or 'other versions or machine'}"
         same = is_surely_same(opened, known, found_now)
         if difference := content_change(known, found_now):
             why = f"the source is another one, it had {difference}"

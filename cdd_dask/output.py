@@ -8,13 +8,7 @@ from pathlib import Path
 
 from cdd_dask import lease
 from cdd_dask.addresses import check_address
-from cdd_dask.errors import (
-    CddError,
-    DiskSpaceError,
-    InputError,
-    OutputAccessError,
-    OutputExistsError,
-)
+from cdd_dask.errors import DiskSpaceError, InputError, OutputAccessError, OutputExistsError
 from cdd_dask.memory import format_bytes
 from cdd_dask.objects import store_of
 from cdd_dask.plans import Plan
@@ -197,20 +191,26 @@ def check_vacant(path: Path, overwrite: bool) -> int:
 
 
 def _check_remote(address: str, overwrite: bool) -> None:
+    try:
+        is_group = _is_group(address)
+        vacant = not is_group and lease.is_vacant(address)
+    except (ImportError, OSError, ValueError) as error:
+        raise OutputAccessError(f"out={address} cannot be reached: {error}") from error
+    if is_group:
+        remedy = "it is not deleted for you there" if overwrite else "name another output"
+        raise OutputExistsError(f"out={address} exists: {remedy}")
+    if not vacant:
+        raise OutputExistsError(
+            f"out={address} holds something else than a decomposition: name another output"
+        )
+
+
+def _is_group(address: str) -> bool:
+    """Whether there is a Zarr group."""
     import zarr
 
     try:
-        try:
-            zarr.open_group(store_of(address, read_only=True), mode="r")
-        except FileNotFoundError:
-            if lease.is_vacant(address):
-                return
-            raise OutputExistsError(
-                f"out={address} holds something else than a decomposition: name another output"
-            ) from None
-    except CddError:
-        raise
-    except (ImportError, OSError, ValueError) as error:
-        raise OutputAccessError(f"out={address} cannot be reached: {error}") from error
-    remedy = "it is not deleted for you there" if overwrite else "name another output"
-    raise OutputExistsError(f"out={address} exists: {remedy}")
+        zarr.open_group(store_of(address, read_only=True), mode="r")
+    except FileNotFoundError:
+        return False
+    return True

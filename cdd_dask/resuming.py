@@ -188,9 +188,12 @@ def unfinished(plan: Plan, address: str, attributes: dict[str, Any]) -> list[set
     """
     fingerprint, work = attributes["fingerprint"], attributes["scratch"] or address
     passes = plan.passes
-    # not the marks themselves: those of all passes at once may be too many
-    finished = [set(read_marks(address, fingerprint, number)) for number in range(len(passes))]
-    nature = nature_of(plan, _source_statistics(read_marks(address, fingerprint, 0)))
+    finished, nature = [], nature_of(plan, None)
+    for number in range(len(passes)):  # their marks one by one: all at once may be too many
+        marks = read_marks(address, fingerprint, number)
+        finished.append(set(marks))
+        if number == 0:
+            nature = nature_of(plan, _source_statistics(marks))
     without_outputs = _lost_outputs(plan, address, fingerprint, finished)
     needs = Needs()
     left: list[set[int]] = []

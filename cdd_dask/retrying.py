@@ -28,6 +28,9 @@ R = TypeVar("R")
 NO_LINKS = frozenset((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS))
 """What file systems without hard links say to one: exFAT, SMB, some of FUSE."""
 
+IN_THE_WAY = frozenset((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP))
+"""What is said where a folder stands in a file's place, or something else in a folder's."""
+
 log = logging.getLogger(__name__)
 
 
@@ -48,9 +51,13 @@ class FileStore(LocalStore):
         return await super().get(key, prototype, byte_range)
 
     async def set(self, key: str, value: Buffer) -> None:
-        self._check_writable()
-        await asyncio.to_thread(_make_way, self.root, key)
-        await super().set(key, value)
+        try:
+            await super().set(key, value)
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
+            await asyncio.to_thread(_make_way, self.root, key)
+            await super().set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         self._check_writable()

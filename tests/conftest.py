@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -53,6 +54,29 @@ def outputs() -> Callable[..., NDArray[Any]]:
         return np.stack([part[...] for part in (*result.channels, result.residual)])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def put_in_place() -> Callable[[Path, str], None]:
+    """Replaces a file or a folder, if there is one: ``put_in_place(path, "pipe")``."""
+
+    def put(path: Path, what: str) -> None:
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        if what == "folder":
+            path.mkdir()
+            (path / "more").write_text("within")
+        elif what == "file":
+            path.write_text("something")
+        elif what == "pipe":
+            os.mkfifo(path)
+        elif what == "loop":
+            path.symlink_to(path.name)
+        else:
+            raise ValueError(what)
+
+    return put
 
 
 @pytest.fixture

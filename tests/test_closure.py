@@ -477,6 +477,10 @@ FIELDS = {
     [
         *((kind, (256, 256)) for kind in FIELDS),
         *((kind, (96, 96, 96)) for kind in ("blobs", "turbulence 3", "signed")),
+        *(
+            pytest.param(kind, (96, 96, 96), marks=pytest.mark.slow)
+            for kind in ("turbulence 2", "turbulence 3.7", "noise")
+        ),
     ],
 )
 def test_a_channel_is_close(engine: Engine, kind: str, shape: tuple[int, ...]):

@@ -581,19 +581,12 @@ def test_overwriting_deletes_no_scratch_but_its_own(made: Path, halos: Path, tmp
     ],
 )
 @pytest.mark.parametrize("what", ["folder", "file", "pipe", "loop"])
-def test_what_is_something_else_is_replaced(what: str, names: tuple[str], made: Path, halos: Path):
+def test_what_is_something_else_is_replaced(
+    what: str, names: tuple[str], made: Path, halos: Path, put_in_place: Any
+):
     """Nothing waits for a pipe, or follows a link that leads to itself."""
-    for path in (made / name for name in names):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if what == "folder":
-            path.mkdir()
-            (path / "more").write_text("within")
-        elif what == "file":
-            path.write_text("something")
-        elif what == "pipe":
-            os.mkfifo(path)
-        else:
-            path.symlink_to(path.name)
+    for name in names:
+        put_in_place(made / name, what)
     with pytest.raises((VerificationError, StoreError)) as found:
         cdd_dask.verify(made, progress=False)
     assert "Errno" not in str(found.value)

@@ -458,9 +458,6 @@ def test_a_compression_that_needs_another_library(tmp_path: Path, compression: i
             open_source(path)
 
 
-# NIfTI
-
-
 def test_tiff_that_does_not_tell_where_its_strips_are(tmp_path: Path):
     """They would be read as zeros."""
     tifffile = pytest.importorskip("tifffile")
@@ -470,6 +467,9 @@ def test_tiff_that_does_not_tell_where_its_strips_are(tmp_path: Path):
         file.pages[0].tags[257].overwrite(1200)
     with pytest.raises(SourceReadError, match="tells where 1 of 100 parts of an image lie"):
         open_source(path)
+
+
+# NIfTI
 
 
 def test_nifti_of_a_negative_shape(tmp_path: Path):

@@ -429,17 +429,6 @@ def test_axes_keep_their_names(before_task: Any, tmp_path: Path):
     cdd_dask.verify(out, xarray.DataArray(FIELD), progress=False)
 
 
-def replace(path: Path, what: str) -> None:
-    """Put something else in the place of a folder."""
-    shutil.rmtree(path, ignore_errors=True)
-    if what == "file":
-        path.write_text("no folder")
-    elif what == "loop":
-        path.symlink_to(path.name)
-    else:
-        os.mkfifo(path)
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 @pytest.mark.parametrize("what", ["file", "loop", "pipe"])
 @pytest.mark.parametrize(
@@ -451,11 +440,13 @@ def replace(path: Path, what: str) -> None:
         ("done",),
     ],
 )
-def test_what_is_no_folder_is_replaced(what: str, names: tuple[str], half: tuple[Path, Path]):
+def test_what_is_no_folder_is_replaced(
+    what: str, names: tuple[str], half: tuple[Path, Path], put_in_place: Any
+):
     """And what lay in it is made again."""
     source, out = half
     for name in names:
-        replace(out / name, what)
+        put_in_place(out / name, what)
     cdd_dask.decompose(source, out, **OPTIONS)
     assert_whole(out, source)
 
