@@ -1,0 +1,90 @@
+"""The CPU engine: what is done to a block before, between and after its steps."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdd_dask.engines.base import Diffusion, Engine, Footprint
+from cdd_dask.engines.cpu import library, thread_team
+from cdd_dask.engines.cpu.steppers import LARGEST_LINE, Axis, StepContext, stepper_of
+from cdd_dask.engines.cpu.thread_team import ThreadTeam
+from cdd_dask.kernels import IDENTITY
+
+
+class CpuEngine(Engine):
+    """Diffuses on the CPU, in the field's own dtype, on as many threads as it is allowed.
+
+    All axes are smoothed and the constraint applied while a tile is in the cache. Wide kernels run
+    on a coarser grid where `Diffusion.levels` says so, so that a step costs the same at every
+    scale.
+
+    1-D to 3-D fields, float64, other kernels along other axes, every constraint and boundary run
+    like this; so do blank voxels, which take float64 on the way. Four decomposed axes, and radii
+    above 16 without a coarser grid, are smoothed along one axis after the other.
+
+    Raises
+    ------
+    MissingDependencyError
+        If no library was compiled.
+    InputError
+        If the environment variable ``CDD_DASK_CPU`` asks for an instruction set that is not there.
+    """
+
+    name = "cpu"
+    voxel_steps_per_second = 5e8
+    has_pyramid = True
+
+    def __init__(self) -> None:
+        self.instruction_set = library.instruction_set()
+
+    def diffuse(self, field: NDArray[Any], diffusion: Diffusion) -> NDArray[Any]:
+        axes = _merged(field.shape, diffusion)
+        alone = [i for i, axis in enumerate(axes) if axis.kernel.radius == 0]
+        if len(axes) > 3 and alone:
+            parts = np.moveaxis(field.reshape([axis.size for axis in axes]), alone[0], 0)
+            rest = axes[: alone[0]] + axes[alone[0] + 1 :]
+            for part in parts:
+                part[...] = _diffused(np.ascontiguousarray(part), rest, diffusion)
+            return field
+        return _diffused(field, axes, diffusion)
+
+    def footprint(self, itemsize: int, blanks: bool = False) -> Footprint:
+        # the field and its copy, in float64 where there are blanks; then also what is left of the
+        # kernel, and where they are
+        host = itemsize + (8 + 8 + 1 if blanks else itemsize)
+        return Footprint(host=host, device=0, line=thread_team.threads * LARGEST_LINE)
+
+    def limit_threads(self, count: int) -> int:
+        return thread_team.limit_threads(count)
+
+
+def _merged(shape: tuple[int, ...], diffusion: Diffusion) -> list[Axis]:
+    """The axes, those merged that lie beside each other and are not smoothed along."""
+    ndim = len(shape)
+    levels, phases = diffusion.levels or (0,) * ndim, diffusion.phase or (0,) * ndim
+    axes: list[Axis] = []
+    for axis in map(Axis, shape, diffusion.steps.kernels, diffusion.faces, levels, phases):
+        if axes and axis.kernel.radius == axes[-1].kernel.radius == 0:
+            axis = Axis(axes.pop().size * axis.size, IDENTITY, axis.rules)
+        axes.append(axis)
+    return axes
+
+
+def _diffused(field: NDArray[Any], axes: list[Axis], diffusion: Diffusion) -> NDArray[Any]:
+    survey = library.Survey()
+    address = library.address(field, field.dtype, math.prod(axis.size for axis in axes))
+    library.function("survey", field.dtype)(address, field.size, ctypes.byref(survey))
+    blanks = diffusion.as_if_blank or bool(survey.blank)
+    working = np.dtype(np.float64) if blanks else field.dtype
+    largest = max(-survey.least, survey.most, abs(diffusion.cval))
+    # a power of two that keeps the sum of two values from overflowing; nearly always 1
+    scale = 1.0 if not largest >= np.finfo(field.dtype).max / 4 else 0.125
+    with ThreadTeam(field.size) as team:
+        context = StepContext(field.dtype, working, diffusion.cval, scale, team)
+        stepper = stepper_of(axes, context)
+        return stepper.run(field, blanks, diffusion.constraint, diffusion.steps.count)

@@ -1,0 +1,243 @@
+// Steps of constrained diffusion of a 3-D field, all axes and the constraint in one visit, in place.
+//
+// A tile of rows goes along the first axis, z. Every plane of it is smoothed along y and x, and kept
+// in a ring of planes, of which BATCH at a time are smoothed along z and move the field:
+//
+//     field --across y--> rows --along x--> ring of planes --across z--> field
+//
+// The next tile still needs the last rows of this one as they were: they are saved before they
+// move. A tile takes `depth` steps while its planes are in the cache, each some planes behind the
+// one before and `skew` rows further up, so that it reads nothing that is not there yet:
+//
+//     step 0   tile 0 | tile 1 | tile 2          rows -->
+//     step 1   til| tile 1 | tile 2
+//
+// Threads take one tile each, in turn, and go along z one after the other: what a tile needs of the
+// one before is saved when that one has come as far. So `depth` steps of all tiles are followed by
+// the next `depth`, without a pause.
+#pragma once
+#include <new>
+#include "smoothing.hpp"
+#include "striped.hpp"
+#include "team.hpp"
+
+namespace cdd {
+
+constexpr Index LARGEST_DEPTH = 8;
+
+// How far a tile is: the number of its rounds, each a batch of planes and a step.
+struct Progress {
+    static constexpr Index ALL = std::numeric_limits<Index>::max();
+    Counter saved, smoothed;  // rounds; `smoothed` is ALL when the last values have moved, too
+};
+
+template <class T> struct FusedSteps {
+    T* field;              // striped, of nz planes of ny rows
+    Index nz, ny;
+    Ends<T> ends;          // of the rows, `begin` and `end` as the radius along x wants them
+    const Index* z_from;    // the planes that stand for -radius ... nz + radius - 1, or -1
+    const Index* y_from;    // and the rows
+    Index radius[3];        // of the kernels along z, y and x, at most LARGEST_RADIUS
+    const T* weights[3];   // at distances 1 ... radius
+    Move<T> move;
+    Index count;            // of steps
+    Index depth;            // steps of a visit; 1 where an axis wraps around
+    Index skew;             // rows; a multiple of BATCH, at least the radius along y
+    Index rows;             // of a tile, a multiple of `skew`
+    bool wraps[2];         // whether planes, and rows, beyond one end are those of the other end
+    T* scratch;            // `scratch_size()` values for each thread
+    T* saved;              // `saved_size()` values
+    Progress* progress;    // of visits() * tiles(), all 0
+    Team* team;
+
+    Index width() const { return ends.length * LANES<T>; }
+    Index ring() const { return 2 * radius[0] + BATCH; }
+    Index planes() const { return ring() + (wraps[0] ? radius[0] : 0); }
+    // A plane of a tile; not a multiple of a page, or all planes would share the same cache lines.
+    Index plane_size() const { return rows * width() + BATCH * LANES<T>; }
+    Index row_size() const { return (ends.length - 2 * ends.begin + 2 + BATCH) * LANES<T>; }
+    Index scratch_size() const { return BATCH * row_size() + (BATCH + 1) * width() + depth * planes() * plane_size(); }
+    Index saved_slots() const { return team->size + 1; }
+    Index slot_size() const { return nz * radius[1] * width(); }
+    Index saved_size() const { return (saved_slots() * depth + (wraps[1] ? 1 : 0)) * slot_size(); }
+    Index tiles() const { return (ny + (depth - 1) * skew + rows - 1) / rows; }
+    Index visits() const { return (count + depth - 1) / depth; }
+
+    void run(Index thread) const;
+    // Be ready to run again.
+    void forget() const {
+        for (Index i = 0; i < visits() * tiles(); ++i) progress[i].saved.store(0), progress[i].smoothed.store(0);
+    }
+};
+
+// A step of a tile: its place, and the planes that it has smoothed.
+template <class T> class TileStep {
+    const FusedSteps<T>& steps;
+    const Index step, first, last;  // its number in the visit; rows of the tile
+    T *const planes, *const saved, *const saved_before, *const saved_first;
+    T *const rows, *const smooth, *const outside;
+    Index next = 0;  // the plane to smooth next
+
+public:
+    TileStep(const FusedSteps<T>& s, T* scratch, Index tile, Index number, Index step_)
+        : steps(s), step(step_),
+          first(std::clamp(tile * s.rows - step_ * s.skew, 0L, s.ny)),
+          last(std::clamp((tile + 1) * s.rows - step_ * s.skew, 0L, s.ny)),
+          planes(scratch + BATCH * s.row_size() + (BATCH + 1) * s.width() + step_ * s.planes() * s.plane_size()),
+          saved(slot(number)), saved_before(slot(number + s.saved_slots() - 1)),
+          saved_first(s.saved + s.saved_slots() * s.depth * s.slot_size()),
+          rows(scratch - s.ends.begin * LANES<T> + LANES<T>),
+          smooth(scratch + BATCH * s.row_size()), outside(smooth + BATCH * s.width()) {
+        std::fill_n(outside, s.width(), s.ends.outside);
+    }
+    bool empty() const { return first >= last; }
+
+    // The planes that are smoothed when those from z on have moved.
+    Index wanted(Index z) const { return std::min(z + BATCH + steps.radius[0], steps.nz); }
+
+    // Keep the rows that the next tile needs, of the planes that are smoothed next.
+    void save(Index z) const {
+        const Index radius = steps.radius[1], size = radius * steps.width();
+        auto save_plane = [&](Index plane) {
+            if (last < steps.ny) std::copy_n(field(plane, last - radius), size, saved_row(saved, plane, 0));
+            if (steps.wraps[1] && first == 0)
+                std::copy_n(field(plane, 0), std::min(radius, steps.ny) * steps.width(), saved_row(saved_first, plane, 0));
+        };
+        if (next == 0 && steps.wraps[0])
+            for (Index i = 0; i < steps.radius[0]; ++i) save_plane(steps.z_from[i]);
+        for (Index plane = next; plane < wanted(z); ++plane) save_plane(plane);
+    }
+    void smooth_planes(Index z) {
+        if (next == 0 && steps.wraps[0])
+            for (Index i = 0; i < steps.radius[0]; ++i) smooth_plane(steps.z_from[i], ring_plane(i - steps.radius[0]));
+        for (; next < wanted(z); ++next) {
+            smooth_plane(next, ring_plane(next));
+            if (steps.wraps[0] && next < steps.radius[0])
+                std::copy_n(ring_plane(next), steps.plane_size(), first_plane(next));
+        }
+    }
+    void move(Index z) const {
+        const Index width = steps.width(), ring = steps.ring();
+        const bool in_one = steps.radius[0] && !steps.move.share;
+        const bool moves = steps.move.constraint != UNCONSTRAINED;
+        const auto across = in_one && moves ? smooth_across_of<T, true>(steps.radius[0])
+                                            : smooth_across_of<T, false>(steps.radius[0]);
+        for (Index y = first; y < last; ++y) {
+            const T* source[2 * LARGEST_RADIUS + BATCH];
+            for (Index i = 0; i < ring; ++i) source[i] = smoothed_row(z + i - steps.radius[0], y);
+            T *target[BATCH], *smoothed[BATCH];
+            for (Index b = 0; b < BATCH; ++b) {
+                smoothed[b] = smooth + b * width;
+                target[b] = z + b < steps.nz ? field(z + b, y) : smoothed[b];  // the last is for nothing
+            }
+            if (in_one) {
+                across(source, target, target, steps.weights[0], width, LANES<T>, steps.move.sign());
+                continue;
+            }
+            if (across) across(source, smoothed, target, steps.weights[0], width, LANES<T>, T(1));
+            for (Index b = 0; b < std::min<Index>(BATCH, steps.nz - z); ++b)
+                steps.move.row(steps.field, across ? smoothed[b] : source[b], target[b] - steps.field, width);
+        }
+    }
+
+private:
+    T* slot(Index number) const {
+        return steps.saved + (number % steps.saved_slots() * steps.depth + step) * steps.slot_size();
+    }
+    T* saved_row(T* from, Index plane, Index i) const { return from + (plane * steps.radius[1] + i) * steps.width(); }
+    T* field(Index z, Index y) const { return steps.field + (z * steps.ny + y) * steps.width(); }
+    // A row before this step, y from -radius to ny + radius - 1.
+    const T* row(Index z, Index y) const {
+        const Index from = steps.y_from[y + steps.radius[1]];
+        if (from < 0) return outside;
+        if (y >= steps.ny && steps.wraps[1]) return saved_row(saved_first, z, from);
+        if (from >= first || y < 0) return field(z, from);
+        return saved_row(saved_before, z, from - first + steps.radius[1]);
+    }
+    T* ring_plane(Index z) const { return planes + (z + steps.ring()) % steps.ring() * steps.plane_size(); }
+    T* first_plane(Index z) const { return planes + (steps.ring() + z) * steps.plane_size(); }
+    // A row of a plane that has been smoothed, z from -radius to beyond nz + radius - 1.
+    const T* smoothed_row(Index z, Index y) const {
+        z = std::min(z, steps.nz + steps.radius[0] - 1);
+        const Index from = steps.z_from[z + steps.radius[0]], place = (y - first) * steps.width();
+        if (from < 0) return outside;
+        if (steps.wraps[0] && z < 0) return ring_plane(z) + place;
+        if (steps.wraps[0] && z >= steps.nz) return first_plane(from) + place;
+        return ring_plane(from) + place;
+    }
+    // Smooth the tile's rows of a plane along y and x.
+    void smooth_plane(Index z, T* plane) const {
+        constexpr Index N = LANES<T>;
+        const Index width = steps.width(), ry = steps.radius[1], rx = steps.radius[2];
+        // By the time that plane is smoothed its rows shall have come from memory.
+        const Index ahead = step == 0 && z + 2 < steps.nz ? 2 * steps.ny * width : 0;
+        const auto across = smooth_across_of<T, false>(ry), along = smooth_across_of<T, false>(rx);
+        for (Index y = first; y < last; y += BATCH, plane += BATCH * width) {
+            const T* source[2 * LARGEST_RADIUS + BATCH];
+            for (Index i = 0; i < 2 * ry + BATCH; ++i)
+                source[i] = row(z, std::min(y + i, steps.ny + 2 * ry - 1) - ry);
+            T* target[BATCH];
+            const T* soon[BATCH];
+            for (Index b = 0; b < BATCH; ++b) {
+                target[b] = rx ? rows + b * steps.row_size() : plane + b * width;
+                soon[b] = source[ry + b] + (source[ry + b] == outside ? 0 : ahead);
+            }
+            if (across) across(source, target, soon, steps.weights[1], width, N, T(1));
+            for (Index b = 0; b < std::min<Index>(BATCH, last - y); ++b) {
+                if (!across) std::copy_n(source[b], width, target[b]);
+                if (!along) continue;
+                steps.ends.extend(target[b]);
+                const T* shifted[2 * LARGEST_RADIUS + BATCH];
+                T* result[BATCH];
+                for (Index i = 0; i < 2 * rx + BATCH; ++i) shifted[i] = target[b] + (i - rx) * N;
+                for (Index i = 0; i < BATCH; ++i) result[i] = plane + b * width + i * N;
+                // The last batch may go beyond the row's end, into the row that comes next.
+                along(shifted, result, shifted, steps.weights[2], width, BATCH * N, T(1));
+            }
+        }
+    }
+};
+
+template <class T> void FusedSteps<T>::run(Index thread) const {
+    T* const own = scratch + thread * scratch_size();
+    const Index lag = (radius[0] + BATCH - 1) / BATCH, batches = (nz + BATCH - 1) / BATCH;
+    for (Index number = thread; number < visits() * tiles(); number += team->size) {
+        const Index visit = number / tiles(), tile = number % tiles();
+        Progress &mine = progress[number], *before = number ? &progress[number - 1] : nullptr;
+        auto reached = [&](const Counter& counter, Index round) {
+            return team->wait([&] { return counter.load(std::memory_order_acquire) > round; });
+        };
+        if (visit > 0) {  // the rows that this tile reads must have taken all steps of the visit before
+            const Index reach = wraps[0] || wraps[1] ? ny : std::min(ny, (tile + 1) * rows + radius[1]);
+            const Index last = std::min(tiles() - 1, (reach + (depth - 1) * skew + rows - 1) / rows - 1);
+            if (!reached(progress[(visit - 1) * tiles() + last].smoothed, Progress::ALL - 1)) return;
+        }
+        const Index taken = std::min(depth, count - visit * depth);
+        alignas(TileStep<T>) char room[LARGEST_DEPTH * sizeof(TileStep<T>)];
+        TileStep<T>* const steps = reinterpret_cast<TileStep<T>*>(room);
+        for (Index step = 0; step < taken; ++step) new (steps + step) TileStep<T>(*this, own, tile, number, step);
+        Index round = 0;
+        for (Index front = 0; front < batches + (taken - 1) * lag; ++front)
+            for (Index step = 0; step < taken; ++step, ++round) {
+                const Index z = (front - step * lag) * BATCH;
+                const bool works = z >= 0 && z < nz && !steps[step].empty();
+                // Rows that have taken some steps of this visit did so in the tile before, too.
+                if (works && step > 0 && tile > 0 && !reached(before->saved, round)) return;
+                if (works) steps[step].save(z);
+                mine.saved.store(round + 1, std::memory_order_release);
+                if (works) {
+                    if (tile > 0 && !reached(before->saved, round)) return;
+                    steps[step].smooth_planes(z);
+                }
+                mine.smoothed.store(round + 1, std::memory_order_release);
+                if (works) {
+                    if (tile > 0 && !reached(before->smoothed, round)) return;
+                    steps[step].move(z);
+                }
+            }
+        if (before && !reached(before->smoothed, Progress::ALL - 1)) return;
+        mine.smoothed.store(Progress::ALL, std::memory_order_release);
+    }
+}
+
+}  // namespace cdd

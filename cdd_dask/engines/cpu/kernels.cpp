@@ -1,0 +1,64 @@
+// The interface of all compiled code: plain C functions, which `library.py` calls. A name ends with
+// the types of the field and of what is computed from it: f for float, d for double.
+//
+// Memory is the caller's, who has checked its sizes. Nothing here throws or keeps anything.
+#include "fused_step.hpp"
+#include "grid_transfer.hpp"
+#include "separable_step.hpp"
+#include "survey.hpp"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace cdd;
+
+#define OF_ONE_TYPE(SUFFIX, T)                                                                              \
+    EXPORT Index cdd_lanes_##SUFFIX() { return LANES<T>; }                                                  \
+    EXPORT void cdd_survey_##SUFFIX(const T* values, Index count, Survey* result) {                         \
+        *result = survey(values, count);                                                                    \
+    }                                                                                                       \
+    EXPORT Index cdd_fused_scratch_##SUFFIX(const FusedSteps<T>* steps) { return steps->scratch_size(); }   \
+    EXPORT Index cdd_fused_saved_##SUFFIX(const FusedSteps<T>* steps) { return steps->saved_size(); }       \
+    EXPORT Index cdd_fused_tiles_##SUFFIX(const FusedSteps<T>* steps) {                                     \
+        return steps->visits() * steps->tiles();                                                            \
+    }                                                                                                       \
+    EXPORT void cdd_fused_##SUFFIX(const FusedSteps<T>* steps, Index thread) { steps->run(thread); }        \
+    EXPORT Index cdd_pyramid_scratch_##SUFFIX(const Pyramid<T>* steps) { return steps->scratch_size(); }    \
+    EXPORT void cdd_pyramid_##SUFFIX(const Pyramid<T>* steps, Index thread) { steps->run(thread); }
+
+#define OF_TWO_TYPES(SUFFIX, FIELD, T)                                                                      \
+    EXPORT void cdd_to_striped_##SUFFIX(const Rows<FIELD, T>* rows, Index thread, Index size) {             \
+        rows->to_striped(thread, Part(rows->count, thread, size));                                          \
+    }                                                                                                       \
+    EXPORT void cdd_to_plain_##SUFFIX(const Rows<FIELD, T>* rows, Index thread, Index size) {               \
+        rows->to_plain(thread, Part(rows->count, thread, size));                                            \
+    }                                                                                                       \
+    EXPORT void cdd_smooth_axis_##SUFFIX(const SmoothAxis<FIELD, T>* axis, Index thread, Index size) {      \
+        axis->run(thread, Part(axis->lines, thread, size));                                                 \
+    }                                                                                                       \
+    EXPORT void cdd_move_##SUFFIX(const MovePlain<FIELD, T>* move, Index thread, Index size) {              \
+        move->run(Part(move->count, thread, size));                                                         \
+    }
+
+OF_ONE_TYPE(f, float)
+OF_ONE_TYPE(d, double)
+OF_TWO_TYPES(ff, float, float)
+OF_TWO_TYPES(fd, float, double)
+OF_TWO_TYPES(dd, double, double)
+
+// Whether this processor runs code for the instruction set of that name.
+EXPORT Index cdd_runs(const char* name) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    auto is = [&](const char* other) { return __builtin_strcmp(name, other) == 0; };
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (is("avx512"))
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (is("avx2")) return avx2;
+#endif
+    return name[0] != 'a';  // "portable" and "neon" are what this file was compiled for
+}

@@ -1,0 +1,447 @@
+"""How the CPU engine takes a step: fused, along one axis after the other, or by a pyramid."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdd_dask.boundaries import CUT, extension_index
+from cdd_dask.engines.cpu.library import (
+    CONSTRAINTS,
+    Record,
+    Rows,
+    Team,
+    address,
+    aligned,
+    function,
+    integers,
+    lanes,
+    structures,
+)
+from cdd_dask.engines.cpu.thread_team import ThreadTeam
+from cdd_dask.kernels import IDENTITY, Kernel
+from cdd_dask.pyramid import can_extend_cells, coarse_kernel, margin
+
+BATCH = 4
+"""Rows, or planes, that compiled code smooths at once."""
+LARGEST_RADIUS = 16
+"""Largest radius of kernels that all axes are smoothed with in one visit."""
+MOST_ROWS = 32
+"""Rows of a tile, at most."""
+CACHE = 1_200_000
+"""Bytes that a tile's planes may take in all steps of a visit, to stay in the cache."""
+DEEPEST = 4
+"""Steps of a visit, at most."""
+WIDTH, CHUNK = 64, 512
+"""Lines smoothed together, and values summed at once, along one axis; see ``separable_step.hpp``."""
+LARGEST_LINE = (2 * LARGEST_RADIUS + 2 * BATCH) * LARGEST_RADIUS * 8
+"""Bytes of working memory, for a thread and a voxel of the longest side, at most."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a block, or several neighbouring ones that are left alone."""
+
+    size: int
+    kernel: Kernel
+    rules: tuple[str, str]
+    level: int = 0
+    phase: int = 0
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a stepper computes with."""
+
+    field: np.dtype[Any]
+    """Type of the field."""
+    working: np.dtype[Any]
+    """Type of what is computed from it."""
+    cval: float
+    scale: float
+    """Factor of all values while they are computed with."""
+    team: ThreadTeam
+
+
+class Stepper(ABC):
+    """Takes steps of one block."""
+
+    @abstractmethod
+    def run(
+        self, field: NDArray[Any], blanks: bool, constraint: str, count: int
+    ) -> NDArray[Any]:
+        """The `field` after `count` steps; it is overwritten.
+
+        With `blanks` voxels that are NaN take no part.
+        """
+
+
+def stepper_of(axes: list[Axis], context: StepContext) -> Stepper:
+    """What smooths these axes best."""
+    three = [Axis(1, IDENTITY, (CUT, CUT))] * (3 - len(axes)) + axes
+    if len(axes) <= 3 and any(axis.level for axis in axes):
+        return Pyramid(three, context)
+    if len(axes) > 3 or any(axis.kernel.radius > LARGEST_RADIUS for axis in axes):
+        return Separable(axes, context)
+    return Fused(three, context)
+
+
+def _weights(kernel: Kernel, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Weights at distances 1 to the kernel's radius."""
+    return np.array(kernel.wings, np.float64).astype(dtype)
+
+
+def _beyond(axis: Axis, before: int, after: int) -> NDArray[np.intp]:
+    """Where the `before` values before an axis and the `after` values behind it come from."""
+    low, high = axis.rules
+    return np.concatenate(
+        [
+            extension_index(low, axis.size, -before, 0),
+            extension_index(high, axis.size, axis.size, axis.size + after),
+        ]
+    )
+
+
+def _extended(axis: Axis, before: int, after: int) -> NDArray[np.intp]:
+    """The same for all values at ``-before … n + after - 1``."""
+    beyond = _beyond(axis, before, after)
+    return np.concatenate([beyond[:before], np.arange(axis.size), beyond[before:]])
+
+
+def _call(team: ThreadTeam, record: Record, work: Callable[[int], object], shared: Record) -> None:
+    """Have all threads `work`, who meet in the team's `shared` record."""
+
+    def abandon() -> None:
+        shared.abandoned = 1
+
+    team.call(work, abandon)
+    assert record is not None
+
+
+class _Striped(Stepper):
+    """Diffuses a striped copy of the field (see ``striped.hpp``)."""
+
+    shape: tuple[int, int, int]
+    length: int
+    """Vectors of a row."""
+    first: int
+    """Place of a row's first voxel."""
+
+    def __init__(self, context: StepContext) -> None:
+        self.context = context
+        self.types = structures(context.working)
+
+    @abstractmethod
+    def steps(self, copy: NDArray[Any], move: Record, count: int, cval: float) -> None:
+        """Take `count` steps of the striped `copy`, beyond which all is `cval` where a face says so."""
+
+    def run(
+        self, field: NDArray[Any], blanks: bool, constraint: str, count: int
+    ) -> NDArray[Any]:
+        context, rows = self.context, self.shape[0] * self.shape[1]
+        width = self.length * lanes(context.working)
+        kinds = (context.field, context.working)
+        team, rounds = context.team, context.field != context.working
+        copy, share = aligned((rows, width), context.working), None
+        scratch = aligned(team.size * (width + lanes(context.working)), context.working)
+
+        def transfer(name: str, array: NDArray[Any], mask: bool = False) -> None:
+            record = Rows(
+                field=field, copy=array, count=rows, size=self.shape[2], length=self.length,
+                first=self.first, scale=context.scale, mask=mask, scratch=scratch,
+            )  # fmt: skip
+            call, at = function(name, *kinds), ctypes.byref(record)
+            team.call(lambda thread: call(at, thread, team.size), lambda: None)
+
+        if blanks:
+            # what blanks leave of the kernel; beyond a ``constant`` face all is data
+            share = aligned((rows, width), context.working)
+            transfer("to_striped", copy, mask=True)
+            transfer("to_striped", share, mask=True)
+            move = self.types.Move(constraint=CONSTRAINTS["unconstrained"])
+            self.steps(share, move, 1, 1.0)
+            share[copy == 0] = np.inf
+            if rounds:
+                np.divide(1.0, share, out=share)
+        transfer("to_striped", copy)
+        move = self.types.Move(constraint=CONSTRAINTS[constraint], rounds=rounds)
+        if share is not None:
+            move.set("share", share)
+        self.steps(copy, move, count, context.cval * context.scale)
+        transfer("to_plain", copy)
+        return field
+
+    def fused(
+        self, axes: list[Axis], length: int, first: int, count: int, cval: float, team: Record
+    ) -> Record:
+        """All but the field and the move of fused steps along three axes."""
+        working, types = self.context.working, self.types
+        nz, ny, nx = (axis.size for axis in axes)
+        radii = [axis.kernel.radius for axis in axes]
+        wraps = ["wrap" in axis.rules and axis.kernel.radius > 0 for axis in axes[:2]]
+        skew = max(BATCH, -(-radii[1] // BATCH) * BATCH)
+        # planes of a tile in all steps of a visit: the ring, and those that have moved since
+        planes = 2 * radii[0] + BATCH + -(-radii[0] // BATCH) * BATCH
+        row = planes * length * lanes(working) * working.itemsize
+        threads = self.context.team.size
+        most = min(MOST_ROWS, CACHE // row, -(-ny // (2 * threads)) if threads > 1 else MOST_ROWS)
+        rows = max(1, most // skew) * skew
+        depth = 1 if any(wraps) else max(1, min(DEEPEST, CACHE // (row * rows), count))
+        record = types.FusedSteps(
+            nz=nz, ny=ny, ends=self.ends(axes[2], length, first, radii[2], cval),
+            z_from=integers(_extended(axes[0], radii[0], radii[0])),
+            y_from=integers(_extended(axes[1], radii[1], radii[1])),
+            radius=radii, weights=[_weights(axis.kernel, working) for axis in axes],
+            count=count, depth=depth, skew=skew, rows=rows, wraps=wraps, team=ctypes.addressof(team),
+        )  # fmt: skip
+        at = ctypes.byref(record)
+        sizes = [function(f"fused_{name}", working)(at) for name in ("scratch", "saved", "tiles")]
+        record.set("scratch", aligned(threads * sizes[0], working))
+        record.set("saved", aligned(sizes[1], working))
+        record.set("progress", np.zeros(2 * sizes[2], np.int64))
+        return record
+
+    def ends(
+        self, axis: Axis, length: int, first: int, radius: int, cval: float, after: int = 0
+    ) -> Record:
+        """What lies beyond a row: `first` places and `radius` more before, `after` and as many behind."""
+        beyond = _beyond(axis, first + radius, after + radius)
+        return self.types.Ends(
+            length=length, first=first, last=first + axis.size, begin=-radius,
+            end=first + axis.size + after + radius, outside=cval,
+            **{"from": integers(np.where(beyond < 0, -1, beyond + first))},
+        )  # fmt: skip
+
+
+class Fused(_Striped):
+    """All axes in one visit; radii up to `LARGEST_RADIUS`."""
+
+    def __init__(self, axes: list[Axis], context: StepContext) -> None:
+        super().__init__(context)
+        self._axes = axes
+        nz, ny, nx = (axis.size for axis in axes)
+        self.shape, self.first = (nz, ny, nx), 0
+        self.length = -(-nx // lanes(context.working))
+
+    def steps(self, copy: NDArray[Any], move: Record, count: int, cval: float) -> None:
+        team = Team(size=self.context.team.size)
+        record = self.fused(self._axes, self.length, 0, count, cval, team)
+        record.set("field", copy)
+        record.set("move", move)
+        call, at = function("fused", self.context.working), ctypes.byref(record)
+        _call(self.context.team, record, lambda thread: call(at, thread), team)
+
+
+class Pyramid(_Striped):
+    """Down to cells, a small kernel there, and back."""
+
+    def __init__(self, axes: list[Axis], context: StepContext) -> None:
+        super().__init__(context)
+        self._ways = [_Way(axis) for axis in axes]
+        self._depth = max(axis.level for axis in axes)
+        self._shapes = [tuple(way.size(i) for way in self._ways) for i in range(self._depth + 1)]
+        nz, ny, nx = (axis.size for axis in axes)
+        self.shape, self.first = (nz, ny, nx), self._ways[2].before
+        self._lengths = [-(-self._ways[2].whole // lanes(context.working))]
+        if axes[2].level:
+            self._lengths[0] += self._lengths[0] % 2
+        for level in range(self._depth):
+            length = self._lengths[-1]
+            self._lengths.append(-(-length // 2) if axes[2].level > level else length)
+        self.length = self._lengths[0]
+
+    @property
+    def cells(self) -> int:
+        """Cells that it holds."""
+        counts = [math.prod(shape) for shape in self._shapes[1:]]
+        return sum(counts) + counts[0]
+
+    def _rows(self, level: int) -> NDArray[Any]:
+        nz, ny, _ = self._shapes[level]
+        working = self.context.working
+        return aligned((nz * ny, self._lengths[level] * lanes(working)), working)
+
+    def steps(self, copy: NDArray[Any], move: Record, count: int, cval: float) -> None:
+        working, types = self.context.working, self.types
+        values = [copy] + [self._rows(level) for level in range(1, self._depth + 1)]
+        levels = [self._level(level, values[level], cval) for level in range(self._depth + 1)]
+        team = Team(size=self.context.team.size)
+        coarsest = [way.coarsest() for way in self._ways]
+        smoothing = self.fused(coarsest, self._lengths[-1], 0, 1, cval, team)
+        smoothing.set("move", types.Move(constraint=CONSTRAINTS["unconstrained"]))
+        # planes of voxels that each plane of cells is made of
+        way = self._ways[0]
+        stride, size = (2, 4) if way.level else (1, 1)
+        index = way.down(0)
+        sources = np.stack([index[i : i + stride * self._shapes[1][0] : stride] for i in range(size)])
+        first = np.where(sources < 0, self.shape[0], sources).min(axis=0)
+        last = sources.max(axis=0)
+        order = np.argsort(last, kind="stable")
+        ready = np.searchsorted(last[order], np.arange(self.shape[0] + 1))
+        table = (types.Level * len(levels))(*levels)
+        record = types.Pyramid(
+            levels=ctypes.addressof(table), depth=self._depth,
+            next=self._rows(1), smoothing=ctypes.addressof(smoothing), move=move, count=count,
+            order=integers(order), ready=integers(ready), first=integers(first),
+            last=integers(last), team=ctypes.addressof(team),
+        )  # fmt: skip
+        at = ctypes.byref(record)
+        size = function("pyramid_scratch", working)(at)
+        record.set("scratch", aligned(self.context.team.size * size, working))
+        call = function("pyramid", working)
+        _call(self.context.team, record, lambda thread: call(at, thread), team)
+
+    def _level(self, level: int, values: NDArray[Any], cval: float) -> Record:
+        z, y, x = self._ways
+        length, coarser = self._lengths[level], level < self._depth
+        nz, ny, nx = self._shapes[level]
+        if level == 0:
+            after = x.after if x.level else 0
+            voxels = x.axis
+            ends = self.ends(voxels, length, x.before, 1 if x.level else 0, cval, after)
+        else:
+            cells = Axis(nx, IDENTITY, (x.rule, x.rule))
+            ends = self.ends(cells, length, 0, 1 if x.level else 0, cval)
+        record = self.types.Level(values=values, nz=nz, ny=ny, ends=ends)
+        if coarser:
+            record.set("halved", [way.level > level for way in self._ways])
+            for name, way in (("z", z), ("y", y)):
+                record.set(f"{name}_from", integers(way.down(level)))
+                near, far = way.up(level)
+                record.set(f"{name}_near", integers(near))
+                record.set(f"{name}_far", integers(far))
+        return record
+
+
+class _Way:
+    """One axis of a pyramid, from the voxels to the coarsest cells.
+
+    Where a face's rule may not be applied to cells, cells beyond the face are made of voxels that
+    the rule gives::
+
+        |<-- before -->|<------ voxels ------>|<-- after -->|
+        |<----- level 0, a whole number of coarsest cells ----->|
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        level, cell = axis.level, 2**axis.level
+        self.axis, self.level = axis, level
+        self.before, after = (axis.phase if level else 0), 0
+        end = axis.phase + axis.size
+        if level:
+            beyond = margin(axis.kernel, level)
+            wrapped = axis.rules[0] == "wrap"
+            low, high = axis.phase % cell == 0, end % cell == 0
+            if not can_extend_cells(axis.rules[0], low and (high or not wrapped)):
+                self.before += beyond
+            if not can_extend_cells(axis.rules[1], high and (low or not wrapped)):
+                after = beyond
+        self.whole = -(-(self.before + axis.size + after) // cell) * cell
+        self.after = self.whole - self.before - axis.size
+        # beyond the cells: right for wrap and reflect; else nothing there matters
+        self.rule = "wrap" if axis.rules[0] == "wrap" and self.whole == axis.size else "reflect"
+
+    def size(self, level: int) -> int:
+        """Length at `level`: the voxels at 0, then cells."""
+        level = min(level, self.level)
+        return self.whole >> level if level else self.axis.size
+
+    def coarsest(self) -> Axis:
+        """The axis as its small kernel sees it."""
+        axis = self.axis
+        if axis.level == 0:
+            return Axis(axis.size, axis.kernel, axis.rules)
+        kernel = coarse_kernel(axis.kernel, axis.level)
+        return Axis(self.size(axis.level), kernel, (self.rule, self.rule))
+
+    def down(self, level: int) -> NDArray[np.intp]:
+        """Where the values come from of which the cells of ``level + 1`` are made.
+
+        Along a halved axis, cell `i` is made of those at ``2 i … 2 i + 3``.
+        """
+        size = self.size(level)
+        if self.level <= level:
+            return np.arange(size)
+        if level == 0:
+            return _extended(self.axis, self.before + 1, self.after + 1)
+        return extension_index(self.rule, size, -1, size + 1)
+
+    def up(self, level: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The cells between which the values lie, near and far."""
+        size = self.size(level)
+        if self.level <= level:
+            return np.arange(size), np.arange(size)
+        place = np.arange(size) + (0 if level else self.before)
+        near, count = place // 2, self.size(level + 1)
+        cells = extension_index(self.rule, count, -1, count + 1)
+        return near, cells[near + 2 * (place % 2)]
+
+
+class Separable(Stepper):
+    """One axis after the other; any number of them, any radius."""
+
+    def __init__(self, axes: list[Axis], context: StepContext) -> None:
+        self._shape = tuple(axis.size for axis in axes)
+        self._axes = [(i, axis) for i, axis in enumerate(axes) if axis.kernel.radius]
+        self._context = context
+        self._smooth = aligned(self._shape, context.working)
+
+    def run(
+        self, field: NDArray[Any], blanks: bool, constraint: str, count: int
+    ) -> NDArray[Any]:
+        context = self._context
+        share = None
+        if blanks:
+            blank = np.isnan(field).reshape(self._shape)
+            self._smooth_all((~blank).astype(context.field), 1.0)
+            share = self._smooth.copy()
+            share[blank] = np.inf
+            field.reshape(self._shape)[blank] = 0.0
+        if context.scale != 1:
+            field *= context.scale
+        move = structures(context.field).MovePlain(
+            field=field, smooth=self._smooth, constraint=CONSTRAINTS[constraint], count=field.size
+        )
+        if share is not None:
+            move.set("share", share)
+        for _ in range(count):
+            self._smooth_all(field, context.cval * context.scale)
+            self._share("move", move)
+        if context.scale != 1:
+            field /= context.scale
+        if blanks:
+            field.reshape(self._shape)[blank] = np.nan
+        return field
+
+    def _share(self, name: str, record: Record, *kinds: Any) -> None:
+        """Have every thread do its part."""
+        team = self._context.team
+        call, at = function(name, *(kinds or self._kinds)), ctypes.byref(record)
+        team.call(lambda thread: call(at, thread, team.size), lambda: None)
+
+    @property
+    def _kinds(self) -> tuple[Any, Any]:
+        return self._context.field, self._context.working
+
+    def _smooth_all(self, field: NDArray[Any], cval: float) -> None:
+        source, working = field, self._context.working
+        for i, axis in self._axes:
+            radius, inner = axis.kernel.radius, math.prod(self._shape[i + 1 :])
+            threads = self._context.team.size
+            record = structures(source.dtype).SmoothAxis(
+                field=source, out=self._smooth, n=axis.size, inner=inner, radius=radius,
+                weights=_weights(axis.kernel, working), outside=cval,
+                scratch=aligned(threads * (axis.size + 2 * radius) * WIDTH, source.dtype),
+                sums=aligned(threads * CHUNK, working), lines=source.size // axis.size,
+                **{"from": integers(_extended(axis, radius, radius))},
+            )  # fmt: skip
+            address(source, source.dtype, self._smooth.size)
+            self._share("smooth_axis", record, source.dtype, working)
+            source = self._smooth
