@@ -242,7 +242,6 @@ class CellWork:
             self.nature.sign,
             self.nature.masked,
             self._smooth_once,
-            self.engine.move_groups,
         )
 
     def _smooth_once(self, cells: NDArray[Any], kernels: tuple[Kernel, ...]) -> NDArray[Any]:

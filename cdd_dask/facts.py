@@ -52,6 +52,8 @@ class Facts:
     """Free bytes on the device; None where the engine computes on the host."""
     threads: int = 1
     """Threads that the engine computes with."""
+    instruction_set: str = ""
+    """What the engine's compiled code was made for."""
     places: dict[str, Access] = field(default_factory=dict)
 
 
@@ -77,7 +79,7 @@ def look_around(question: Question) -> Facts:
 def package_versions() -> dict[str, str]:
     """Versions that decide the result or how processes talk; Python's without its patch level."""
     versions = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for name in dict.fromkeys((*PACKAGES, "numba")):
+    for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -100,6 +102,10 @@ def _look_at_device(engine: str, device: str) -> dict[str, Any]:
         loaded = load_engine(engine, device)
         threads = loaded.limit_threads(1)  # which says what the limit was
         loaded.limit_threads(threads)
-        return {"device_memory": loaded.free_device_memory(), "threads": threads}
+        return {
+            "device_memory": loaded.free_device_memory(),
+            "threads": threads,
+            "instruction_set": loaded.instruction_set,
+        }
     except Exception as error:  # and so does a driver
         return {"device_error": f"{type(error).__name__}: {error}"}

@@ -28,6 +28,8 @@ SMALL = 16_000_000
 """Bytes of a source that is hashed as a whole; of arrays in this process, all that NumPy holds."""
 CONTENT = ("shape", "dtype", "content")
 """What of a source's identity decides values: a file that was moved is still the same."""
+ARITHMETIC = {"cpu": " (arithmetic 2)"}
+"""What tells an engine from an earlier one of its name that rounds otherwise."""
 GEOMETRY = (
     "regime", "steps", "parts", "levels", "depth", "blank_depth", "cell_domain", "cell_block",
     "cell_depth", "refinement", "tile", "blank_tile",
@@ -62,7 +64,7 @@ def identity_of(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
 
 def numeric_class(engine: str, device: str) -> str:
     """What computes, as far as it decides the last bit: not how many threads or which GPU."""
-    return f"{engine} on {device.split(':')[0]}"
+    return f"{engine}{ARITHMETIC.get(engine, '')} on {device.split(':')[0]}"
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdd_dask.blocks import Grid, storage_chunks
-from cdd_dask.engines.base import Footprint
+from cdd_dask.engines.base import COPY_ROWS, COPY_WIDTH, Footprint
 from cdd_dask.errors import InputError
 
 TASK_OVERHEAD = 10_000_000
@@ -158,19 +158,22 @@ class TaskMemory:
             in_flight = min(CHUNKS_IN_FLIGHT, count) * math.prod(self.source_chunk)
             fetching = max(fetching, 2 * in_flight * self.source_itemsize)
         reading = haloed + math.prod(self.haloed) * self.source_itemsize + fetching
-        work, lines = self.footprint.host, self.footprint.line
-        # coarser grids take the place of the field's next state, unless they are larger
-        computed = math.prod(self.cells or self.haloed)
-        coarse = max(0, self.coarse_cells - computed) * max(self.itemsize, 8)
+        shape = self.cells or self.haloed
+        computed, footprint = math.prod(shape), self.footprint
+        *outer, row = shape
+        longer = -(-row // COPY_WIDTH) * COPY_WIDTH
+        copied = math.prod(outer[:-1]) * (outer[-1] + COPY_ROWS) * longer if outer else longer
+        copied += self.coarse_cells * longer // row
+        work = computed * footprint.host + copied * footprint.copy + max(shape) * footprint.line
         if self.cells is None:
-            diffusing = computed * work + coarse + max(self.haloed) * lines + core
+            diffusing = work + core
             # the halo is gone when the shard is encoded, and then joined
             writing = 2 * core + max(haloed, 2 * encoded)
         else:
             # interpolating holds the cells, and about as much again of what they are made of
-            refined = computed * max(work, 3 * self.itemsize + 1) + coarse
+            refined = max(work, computed * (3 * self.itemsize + 1))
             fields = haloed + (self.channels + 1) * core
-            diffusing = fields + refined + max(self.cells) * lines
+            diffusing = fields + refined
             writing = fields + 2 * core + 2 * encoded
         return max(reading + held, diffusing + held, writing) + TASK_OVERHEAD
 

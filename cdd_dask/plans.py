@@ -114,6 +114,17 @@ class Speeds:
         return float(np.interp(radius, RADII, known)) + max(0, radius - RADII[-1]) * rise
 
 
+def engine_name(engine: str, instruction_set: str, device: str) -> str:
+    """An engine for people.
+
+    Examples
+    --------
+    >>> engine_name("cpu", "avx2", "cpu"), engine_name("torch", "", "cuda:0")
+    ('cpu (avx2) on cpu', 'torch on cuda:0')
+    """
+    return f"{engine} ({instruction_set}) on {device}" if instruction_set else f"{engine} on {device}"
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a run may use and on what it runs."""
@@ -146,6 +157,13 @@ class Resources:
     """Whether the output lives in memory rather than on disk."""
     scratch: bool = False
     """Whether working fields lie elsewhere than the output."""
+    instruction_set: str = ""
+    """What the engine's compiled code was made for; empty where it has none of its own."""
+
+    @property
+    def engine_name(self) -> str:
+        """The engine, its instruction set and its device, for people."""
+        return engine_name(self.engine, self.instruction_set, self.device)
 
     @classmethod
     def of_dict(cls, values: dict[str, Any]) -> Resources:
@@ -386,7 +404,7 @@ def describe_plan(plan: Plan) -> str:
         f"volume     {_times(volume.shape)} {plan.parameters.dtype}, "
         f"{format_bytes(math.prod(volume.shape) * itemsize)}",
         f"blocks     {len(plan.grid)} of {_times(plan.block)} ({_times(plan.grid.counts)})",
-        f"engine     {resources.engine} on {resources.device}, executor {resources.executor}, "
+        f"engine     {resources.engine_name}, executor {resources.executor}, "
         f"{resources.workers} worker{'s' if resources.workers > 1 else ''}",
         f"memory     {format_bytes(plan.peak_memory)} at the peak ({shared}) of "
         f"{format_bytes(resources.memory)} allowed",

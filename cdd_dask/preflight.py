@@ -19,7 +19,7 @@ from cdd_dask.executors import IN_PROCESS, Executor
 from cdd_dask.facts import Facts, Question, look_around
 from cdd_dask.memory import format_bytes
 from cdd_dask.objects import IN_MEMORY
-from cdd_dask.plans import Plan, Resources
+from cdd_dask.plans import Plan, Resources, engine_name
 from cdd_dask.probes import Access, Probe, ahead, placed, probe_for
 from cdd_dask.readers import Source
 from cdd_dask.store import is_our_store
@@ -312,7 +312,9 @@ def _judge_threads(where: str, facts: Facts, resources: Resources) -> Check:
 
 
 def _judge_device(where: str, facts: Facts, plan: Plan) -> Check:
-    name = f"engine {plan.resources.engine} on {plan.resources.device}"
+    resources = plan.resources
+    shown = engine_name(resources.engine, facts.instruction_set, resources.device)
+    name = f"engine {shown}"
     if facts.device_error:
         detail = f"no {name}, {redacted(facts.device_error)}"
         return Check(where, "device", "failed", detail)

@@ -67,6 +67,7 @@ def resolve_resources(
         has_pyramid=chosen.has_pyramid,
         device_memory=None if free is None else free // count,
         in_memory=in_memory,
+        instruction_set=chosen.instruction_set,
     )
 
 
@@ -151,6 +152,7 @@ def _on_client(
         speeds=Speeds.rough(any_probe["speed"]),
         has_pyramid=any_probe["has_pyramid"],
         device_memory=min(free) if free else None,
+        instruction_set=any_probe["instruction_set"],
     )
 
 
@@ -165,5 +167,6 @@ def _probe_engine(engine: str, device: str | None, itemsize: int, blanks: bool) 
         "blank_footprint": chosen.footprint(itemsize, blanks),
         "speed": chosen.voxel_steps_per_second,
         "has_pyramid": chosen.has_pyramid,
+        "instruction_set": chosen.instruction_set,
         "baseline": BASELINE_TORCH if "torch" in sys.modules else BASELINE,
     }

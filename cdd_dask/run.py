@@ -43,7 +43,7 @@ from cdd_dask.working import Nature, geometry, nature_of, outputs, reads_source,
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("cdd-dask", "numpy", "scipy", "numba", "zarr", "dask", "distributed")
+PACKAGES = ("cdd-dask", "numpy", "scipy", "zarr", "dask", "distributed")
 
 
 def prepare_store(

@@ -43,7 +43,6 @@ from cdd_dask.engines.cells import (
     gathered,
     group_weights,
     interpolated,
-    move_groups,
     smoothed_cells,
 )
 from cdd_dask.engines.reference import constrain
@@ -150,7 +149,7 @@ def by_cells(
     faces = CellFaces((0,) * field.ndim, field.shape, levels, rule, cval)
     sign = sign_of(field, cval if rule == "constant" else 0.0)
     smooth = smoothed_by(engine)
-    how = Evolution(faces, kernels, halo, sign, False, smooth, move_groups)
+    how = Evolution(faces, kernels, halo, sign, False, smooth)
     means, share = cell_means(whole, cell)
     held = np.asarray(how.held(means.shape), means.dtype)
     means = means + held * means.dtype.type(cval)
@@ -256,27 +255,6 @@ def test_gathering_in_blocks_is_gathering(cuts: list[int], blank: bool):
         here, number = gathered(field[part], near, cell)
         assert np.array_equal(here, groups[:, low:high])
         assert np.array_equal(number, counts[low:high])
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("sign", [1, -1, 0])
-@pytest.mark.parametrize("alike", [True, False])
-def test_compiled_groups_move_like_plain_ones(engine: Engine, dtype: Any, sign: int, alike: bool):
-    """With more cells than are moved at once; groups to the bit, sums to a rounding or two."""
-    rng, shape = np.random.default_rng(7), (17, 19, 15)
-    groups = rng.normal(size=(6, *shape)).astype(dtype)
-    weights = rng.random((6, *((1, 1, 1) if alike else shape))).astype(dtype)
-    change, means = (rng.normal(size=shape).astype(dtype) for _ in range(2))
-    level = None if sign else rng.normal(size=shape).astype(dtype)
-    ends = []
-    for move in (move_groups, engine.move_groups):
-        moved, sums = groups.copy(), means.copy()
-        move(moved, weights, change, sums, level, sign)
-        ends.append((moved, sums))
-    (plain, sums), (compiled, compiled_sums) = ends
-    assert np.array_equal(plain, compiled)
-    assert (plain != groups).any()
-    assert np.abs(sums - compiled_sums).max() <= 2 * np.spacing(np.abs(sums).max())
 
 
 # cells

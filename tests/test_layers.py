@@ -67,7 +67,7 @@ LAYERS = (
 )
 """From the ground up; a file imports from its own layer and those below."""
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-HEAVY = ("torch", "numba", "scipy", "zarr", "dask", "distributed", "astropy", "xarray", "rich")
+HEAVY = ("torch", "scipy", "zarr", "dask", "distributed", "astropy", "xarray", "rich")
 
 
 def unit(path: Path) -> str:

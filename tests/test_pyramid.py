@@ -217,8 +217,8 @@ def test_halo_of_the_chain_bounds_its_error(engine: Engine, count: int):
 
 def test_cells_are_counted(engine: Engine):
     """No fewer than the engine makes: what it may take of memory is decided by this."""
-    from cdd_dask.engines.smoothers import Axis, Means, Pyramid
-    from cdd_dask.engines.team import Team
+    from cdd_dask.engines.cpu.steppers import Axis, Pyramid, StepContext
+    from cdd_dask.engines.cpu.thread_team import ThreadTeam
 
     for shape in ((64, 64, 64), (20, 300, 31), (7, 90), (400,)):
         for rule in BOUNDARIES:
@@ -231,7 +231,7 @@ def test_cells_are_counted(engine: Engine):
             ]
             double = np.dtype(np.float64)
             axes = [Axis(1, IDENTITY, (CUT, CUT))] * (3 - len(axes)) + axes
-            made = Pyramid(axes, Means(double, double, 0.0, Team(1)))
+            made = Pyramid(axes, StepContext(double, double, 0.0, 1.0, ThreadTeam(1)))
             margins = tuple(map(margin, what.steps.kernels, what.levels))
             assert made.cells <= coarse_cells(shape, margins, what.levels)
 

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
-from cdd_dask.engines.cells import move_groups
 from cdd_dask.time_stepping import Steps
 
 Faces = tuple[tuple[str, str], ...]
@@ -42,6 +41,10 @@ class Diffusion:
     bit does not depend on whether one lies in the same block."""
 
 
+COPY_ROWS, COPY_WIDTH = 16, 32
+"""See `Footprint.copy`; the same for every machine, so that blocks do not depend on it."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Working memory of an engine, in bytes per voxel of the halo'd block."""
@@ -52,6 +55,14 @@ class Footprint:
     """On the device; 0 where the engine computes on the host."""
     line: int = 0
     """On the host, per voxel of the block's longest side alone."""
+    copy: int = 0
+    """On the host, per voxel of a copy, which has `COPY_ROWS` more rows in every plane, and rows
+    that are a multiple of `COPY_WIDTH` long; and per cell of coarser grids."""
+
+    @property
+    def per_voxel(self) -> int:
+        """On the host, but for what does not grow with the number of voxels."""
+        return self.host + self.copy
 
 
 class Engine(ABC):
@@ -76,8 +87,8 @@ class Engine(ABC):
     has_pyramid: ClassVar[bool] = False
     """Whether it smooths with wide kernels on a coarser grid, see `pyramid`."""
     device: str = "cpu"
-    move_groups = staticmethod(move_groups)
-    """How the groups of cells take a step, on the host; see `cells.move_groups`."""
+    instruction_set: str = ""
+    """What its compiled code was made for; empty where it has none of its own."""
 
     @abstractmethod
     def diffuse(self, field: NDArray[Any], diffusion: Diffusion) -> NDArray[Any]:

@@ -24,10 +24,6 @@ from cdd_dask.kernels import Kernel
 
 Smooth = Callable[[NDArray[Any], tuple[Kernel, ...]], NDArray[Any]]
 """One unconstrained step of an engine, all faces being cut."""
-MoveGroups = Callable[
-    [NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None, int], None
-]
-"""See `move_groups`."""
 
 
 def by_cell(field: NDArray[Any], cell: tuple[int, ...]) -> NDArray[Any]:
@@ -195,7 +191,6 @@ class Evolution:
     masked: bool
     """Whether there are blank voxels, so that the smooth field is normalised."""
     smooth: Smooth
-    move_groups: MoveGroups
 
     def smoothed(self, means: NDArray[Any]) -> NDArray[Any]:
         """``G_c`` of the cells and of those around them."""
@@ -283,7 +278,7 @@ def evolved(
         else:
             change = how.smooth(smooth - reference, spread)[inner]
             means[...] = cells.base
-            how.move_groups(cells.groups, weights, change, means, level, how.sign)
+            move_groups(cells.groups, weights, change, means, level, how.sign)
 
 
 def move_groups(

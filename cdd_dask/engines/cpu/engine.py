@@ -56,8 +56,9 @@ class CpuEngine(Engine):
     def footprint(self, itemsize: int, blanks: bool = False) -> Footprint:
         # the field and its copy, in float64 where there are blanks; then also what is left of the
         # kernel, and where they are
-        host = itemsize + (8 + 8 + 1 if blanks else itemsize)
-        return Footprint(host=host, device=0, line=thread_team.threads * LARGEST_LINE)
+        copy = 8 + 8 + 1 if blanks else itemsize
+        line = thread_team.threads * LARGEST_LINE
+        return Footprint(host=itemsize, device=0, line=line, copy=copy)
 
     def limit_threads(self, count: int) -> int:
         return thread_team.limit_threads(count)

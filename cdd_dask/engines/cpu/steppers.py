@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +36,8 @@ MOST_ROWS = 32
 """Rows of a tile, at most."""
 CACHE = 1_200_000
 """Bytes that a tile's planes may take in all steps of a visit, to stay in the cache."""
-DEEPEST = 4
-"""Steps of a visit, at most."""
+MOST_SAVED = 16
+"""Rows of a plane that a tile saves in all steps of a visit, at most."""
 WIDTH, CHUNK = 64, 512
 """Lines smoothed together, and values summed at once, along one axis; see ``separable_step.hpp``."""
 LARGEST_LINE = (2 * LARGEST_RADIUS + 2 * BATCH) * LARGEST_RADIUS * 8
@@ -115,16 +114,6 @@ def _extended(axis: Axis, before: int, after: int) -> NDArray[np.intp]:
     return np.concatenate([beyond[:before], np.arange(axis.size), beyond[before:]])
 
 
-def _call(team: ThreadTeam, record: Record, work: Callable[[int], object], shared: Record) -> None:
-    """Have all threads `work`, who meet in the team's `shared` record."""
-
-    def abandon() -> None:
-        shared.abandoned = 1
-
-    team.call(work, abandon)
-    assert record is not None
-
-
 class _Striped(Stepper):
     """Diffuses a striped copy of the field (see ``striped.hpp``)."""
 
@@ -157,8 +146,7 @@ class _Striped(Stepper):
                 field=field, copy=array, count=rows, size=self.shape[2], length=self.length,
                 first=self.first, scale=context.scale, mask=mask, scratch=scratch,
             )  # fmt: skip
-            call, at = function(name, *kinds), ctypes.byref(record)
-            team.call(lambda thread: call(at, thread, team.size), lambda: None)
+            team.call(function(name, *kinds), record, team.size)
 
         if blanks:
             # what blanks leave of the kernel; beyond a ``constant`` face all is data
@@ -193,7 +181,8 @@ class _Striped(Stepper):
         threads = self.context.team.size
         most = min(MOST_ROWS, CACHE // row, -(-ny // (2 * threads)) if threads > 1 else MOST_ROWS)
         rows = max(1, most // skew) * skew
-        depth = 1 if any(wraps) else max(1, min(DEEPEST, CACHE // (row * rows), count))
+        depth = 1 if any(wraps) else min(MOST_SAVED // skew, CACHE // (row * rows), count)
+        depth = max(1, depth)
         record = types.FusedSteps(
             nz=nz, ny=ny, ends=self.ends(axes[2], length, first, radii[2], cval),
             z_from=integers(_extended(axes[0], radii[0], radii[0])),
@@ -235,8 +224,7 @@ class Fused(_Striped):
         record = self.fused(self._axes, self.length, 0, count, cval, team)
         record.set("field", copy)
         record.set("move", move)
-        call, at = function("fused", self.context.working), ctypes.byref(record)
-        _call(self.context.team, record, lambda thread: call(at, thread), team)
+        self.context.team.call(function("fused", self.context.working), record, meeting=team)
 
 
 class Pyramid(_Striped):
@@ -295,8 +283,7 @@ class Pyramid(_Striped):
         at = ctypes.byref(record)
         size = function("pyramid_scratch", working)(at)
         record.set("scratch", aligned(self.context.team.size * size, working))
-        call = function("pyramid", working)
-        _call(self.context.team, record, lambda thread: call(at, thread), team)
+        self.context.team.call(function("pyramid", working), record, meeting=team)
 
     def _level(self, level: int, values: NDArray[Any], cval: float) -> Record:
         z, y, x = self._ways
@@ -423,8 +410,7 @@ class Separable(Stepper):
     def _share(self, name: str, record: Record, *kinds: Any) -> None:
         """Have every thread do its part."""
         team = self._context.team
-        call, at = function(name, *(kinds or self._kinds)), ctypes.byref(record)
-        team.call(lambda thread: call(at, thread, team.size), lambda: None)
+        team.call(function(name, *(kinds or self._kinds)), record, team.size)
 
     @property
     def _kinds(self) -> tuple[Any, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 SMALLEST_PART = 30_000
 """Voxels; fewer are not worth a thread of their own."""
@@ -33,20 +34,24 @@ class ThreadTeam:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def call(self, work: Callable[[int], object], abandon: Callable[[], object]) -> None:
-        """Call ``work(thread)`` for all threads at once.
+    def call(
+        self, function: Any, record: ctypes.Structure, *more: int, meeting: Any = None
+    ) -> None:
+        """Call the compiled ``function(record, thread, *more)`` for all threads at once.
 
-        They may wait for each other: if one cannot be started, `abandon` tells the others.
+        Where they wait for each other it is in the record `meeting`: if a thread cannot be
+        started, the others are told there.
         """
+        at = ctypes.byref(record)
         if self._pool is None:
-            work(0)
+            function(at, 0, *more)
             return
-        others = []
         try:
-            others = [self._pool.submit(work, thread) for thread in range(1, self.size)]
-            work(0)
+            others = [self._pool.submit(function, at, i, *more) for i in range(1, self.size)]
         except BaseException:
-            abandon()
+            if meeting is not None:
+                meeting.abandoned = 1
             raise
+        function(at, 0, *more)
         for other in others:
             other.result()
