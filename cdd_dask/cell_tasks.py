@@ -22,9 +22,7 @@ from numpy.typing import NDArray
 from cdd_dask import store
 from cdd_dask.blocks import Grid, Region, shifted, starts
 from cdd_dask.boundaries import CUT
-from cdd_dask.closure import cell_halo, cell_shape, closure_kernels, coarse_shape
-from cdd_dask.engines import Diffusion, Engine
-from cdd_dask.engines.cells import (
+from cdd_dask.cell_evolution import (
     CellFaces,
     Cells,
     Evolution,
@@ -35,6 +33,8 @@ from cdd_dask.engines.cells import (
     interpolated,
     normalised,
 )
+from cdd_dask.closure import cell_halo, cell_shape, closure_kernels, coarse_shape
+from cdd_dask.engines import Diffusion, Engine
 from cdd_dask.engines.reference import constrain
 from cdd_dask.kernels import Kernel
 from cdd_dask.parameters import Parameters

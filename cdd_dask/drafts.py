@@ -222,7 +222,9 @@ class Draft:
         masked = self.volume.may_be_masked(self.parameters)
         return max(
             voxel_task_bytes(grid, regime.levels, itemsize, masked),
-            cell_task_bytes(cell_block(regime), evolve_values(regime), itemsize, footprint.per_voxel),
+            cell_task_bytes(
+                cell_block(regime), evolve_values(regime), itemsize, footprint.per_voxel
+            ),
         )
 
     def device(self, grid: Grid, k: int, regime: Regime) -> int:

@@ -122,7 +122,9 @@ def engine_name(engine: str, instruction_set: str, device: str) -> str:
     >>> engine_name("cpu", "avx2", "cpu"), engine_name("torch", "", "cuda:0")
     ('cpu (avx2) on cpu', 'torch on cuda:0')
     """
-    return f"{engine} ({instruction_set}) on {device}" if instruction_set else f"{engine} on {device}"
+    return (
+        f"{engine} ({instruction_set}) on {device}" if instruction_set else f"{engine} on {device}"
+    )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from cdd_dask.statistics import Statistics
 from cdd_dask.time_stepping import Steps, channel_steps
 from cdd_dask.working import Nature, field_name, keeps_states, part_name
 
-THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@
     python scripts/benchmark.py --peer --size 256                # whose time is extrapolated
     python scripts/benchmark.py --size 512 --ndim 2 --upsample 4 --json figures.json
     python scripts/benchmark.py --only block --size 512          # what a large block costs
+    python scripts/benchmark.py --before PYTHON --size 192       # beside another state
+    python scripts/benchmark.py --before PYTHON --cube l1448_13co.fits    # and whole commands
 
 Everything is repeated and interleaved, and given as median and spread: machines differ and are
-noisy, so only the ratios within one run say much. Compile time is stated apart. The torch engine
-joins where CUDA is present.
+noisy, so only the ratios within one run say much. The torch engine joins where CUDA is present.
+PYTHON is that of an environment in which another state of this package is installed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -29,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from turbulence import lognormal_turbulence
 
@@ -62,18 +64,12 @@ def interleaved(cases: dict[str, Callable[[], object]], repeats: int) -> Times:
     return times
 
 
-@njit(nogil=True)  # type: ignore[misc]
-def _in_place(field: Any, weight: Any) -> None:
-    for i in range(field.size):
-        field[i] = field[i] * weight
-
-
-@njit(nogil=True)  # type: ignore[misc]
 def _arithmetic(rounds: int) -> None:
-    values = np.zeros(1024, np.float32)
+    """Mere arithmetic on values in the first-level cache or the second."""
+    values = np.zeros(1 << 16, np.float32)
     for _ in range(rounds):
-        for i in range(values.size):
-            values[i] = values[i] * np.float32(0.999) + np.float32(0.002)
+        np.multiply(values, np.float32(0.999), out=values)
+        np.add(values, np.float32(0.002), out=values)
 
 
 def together(run: Callable[[], object]) -> None:
@@ -86,8 +82,7 @@ def together(run: Callable[[], object]) -> None:
 def in_place_voxels_per_second(voxels: int = 1 << 26) -> float:
     """The limit of one thread: voxels read and written in place."""
     field = np.ones(voxels, np.float32)
-    _in_place(field[:16], np.float32(1))
-    times = interleaved({"": lambda: _in_place(field, np.float32(1))}, 5)[""]
+    times = interleaved({"": lambda: np.multiply(field, np.float32(1), out=field)}, 5)[""]
     return voxels / min(times)
 
 
@@ -139,7 +134,7 @@ def step_figures(engine: Engine, field: Field, repeats: int, limit: float) -> li
                     engine_steps(engine, field, sigma, count)()  # noqa: B023
 
                 cases[f"{threads} {count}"] = run
-        compile_seconds = interleaved({"first": cases[f"1 {few}"]}, 1)["first"][0]
+        cases[f"1 {few}"]()
         cases["overlap"] = map_overlap_step(field, sigma)
         times = interleaved(cases, repeats)
         engine.limit_threads(before)
@@ -160,7 +155,6 @@ def step_figures(engine: Engine, field: Field, repeats: int, limit: float) -> li
                 "threads": before,
                 "all_threads": both,
                 "map_overlap": field.size / statistics.median(times["overlap"]),
-                "first_call_seconds": compile_seconds,
             }
         )
     return rows
@@ -192,15 +186,13 @@ def block_figures(engine: Engine, size: int, repeats: int) -> list[dict[str, Any
     """What a large block costs: its time beside that of 128³, two tasks beside one, memory."""
     small, large = (lognormal_turbulence((n,) * 3) for n in (128, size))
     few, many, rows = 2, 12, []
-    _arithmetic(1)
     before = engine.limit_threads(1)
     for sigma in SIGMAS:
         if sigma > 128 / 8:
             continue
-        engine_steps(engine, small, sigma, 1)()  # compiles
         cases: dict[str, Callable[[], object]] = {
-            "mere": partial(_arithmetic, 500_000),
-            "two mere": partial(together, partial(_arithmetic, 500_000)),
+            "mere": partial(_arithmetic, 5_000),
+            "two mere": partial(together, partial(_arithmetic, 5_000)),
         }
         for name, field in (("small", small), ("large", large)):
             for count in (few, many):
@@ -276,24 +268,142 @@ print(json.dumps({"first": first, "second": second, "kilobytes": peak() - before
 """
 
 
-def in_fresh_processes(field: Field, options: dict[str, Any]) -> list[dict[str, float]]:
-    """Times of a process's first and second decomposition, and the memory they take.
-
-    Of two processes, one after the other: only the first has nothing compiled yet.
-    """
+def in_fresh_process(field: Field, options: dict[str, Any]) -> dict[str, float]:
+    """Times of a process's first and second decomposition, and the memory they take."""
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/field.npy", field)
-        texts = [
-            subprocess.run(
-                [sys.executable, "-c", PROGRAM, f"{folder}/field.npy", json.dumps(options)],
-                check=True,
-                capture_output=True,
-                text=True,
-                env={**os.environ, "NUMBA_CACHE_DIR": f"{folder}/cache"},
-            ).stdout
-            for _ in range(2)
-        ]
-    return [json.loads(text.splitlines()[-1]) for text in texts]
+        text = subprocess.run(
+            [sys.executable, "-c", PROGRAM, f"{folder}/field.npy", json.dumps(options)],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    fresh: dict[str, float] = json.loads(text.splitlines()[-1])
+    return fresh
+
+
+SERVER = """
+import json, sys, time
+import numpy as np
+from cdd_dask.engines import Diffusion, load_engine
+from cdd_dask.kernels import smoothing_kernel
+from cdd_dask.pyramid import pyramid_level
+from cdd_dask.time_stepping import Steps
+size, engine = int(sys.argv[1]), load_engine("cpu")
+plain = np.exp(np.random.default_rng(0).normal(size=(size,) * 3))
+fields = {"float32": plain.astype("f4"), "float64": plain}
+fields["blanks"] = np.where(np.random.default_rng(1).random(plain.shape) < 0.1, np.nan, plain)
+fields["blanks"] = fields["blanks"].astype("f4")
+for line in sys.stdin:
+    kind, sigma, threads, count = json.loads(line)
+    engine.limit_threads(threads)
+    kernel = smoothing_kernel("discrete", sigma)
+    what = Diffusion(
+        Steps(count, (kernel,) * 3), "constrained", (("reflect", "reflect"),) * 3,
+        levels=(pyramid_level(kernel),) * 3, phase=(0, 0, 0),
+    )
+    field = fields[kind].copy()
+    start = time.perf_counter()
+    engine.diffuse(field, what)
+    print(time.perf_counter() - start, flush=True)
+"""
+
+
+class Server:
+    """Diffuses in a process of an environment of its own, when told to."""
+
+    def __init__(self, python: str, size: int) -> None:
+        self._process = subprocess.Popen(
+            [python, "-c", SERVER, str(size)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tempfile.gettempdir(),  # not this checkout's package
+        )
+
+    def step(self, kind: str, sigma: float, threads: int) -> float:
+        """Seconds of a step: the difference of many and few, without what is done once per call."""
+        few, many = 4, 16
+        return max(
+            self._ask(kind, sigma, threads, many) - self._ask(kind, sigma, threads, few), 1e-9
+        ) / (many - few)
+
+    def warm_up(self, sigma: float) -> None:
+        """Compile what another state may compile only now."""
+        self._ask("float32", sigma, 1, 1)
+
+    def _ask(self, *what: Any) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+
+def report_before(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print what steps take beside another state of the package."""
+    now, before = (Server(python, chosen.size) for python in (sys.executable, chosen.before))
+    rows = []
+    print("\n| sigma | threads | ns a voxel now | times as fast as before | float64 | blanks |")
+    print("|---|---|---|---|---|---|")
+    for sigma in (*SIGMAS[:4], 2.3, *SIGMAS[4:6]):
+        if sigma > chosen.size / 8:
+            continue
+        before.warm_up(sigma)
+        for threads in dict.fromkeys((1, len(os.sched_getaffinity(0)))):
+            cases = {
+                "before": partial(before.step, "float32", sigma, threads),
+                **{
+                    kind: partial(now.step, kind, sigma, threads)
+                    for kind in ("float32", "float64", "blanks")
+                },
+            }
+            taken: Times = {name: [] for name in cases}
+            for _ in range(chosen.repeats):
+                for name, run in cases.items():
+                    taken[name].append(run())
+
+            def ratio(name: str, taken: Times = taken) -> float:
+                pairs = zip(taken[name], taken["float32"], strict=True)
+                return statistics.median(a / b for a, b in pairs)
+
+            row = {"sigma": sigma, "threads": threads, "seconds": taken}
+            rows.append(row)
+            middle, least = statistics.median(taken["float32"]), min(taken["float32"])
+            print(
+                f"| {sigma:g} | {threads} | {middle / chosen.size**3 * 1e9:.3f} "
+                f"| {ratio('before'):.2f} (least times: {min(taken['before']) / least:.2f}) "
+                f"| {ratio('float64'):.2f} times as long | {ratio('blanks'):.2f} times as long |",
+                flush=True,
+            )
+    figures: dict[str, Any] = {"steps": rows}
+    if chosen.cube:
+        figures["commands"] = report_commands(chosen)
+    return figures
+
+
+def report_commands(chosen: argparse.Namespace) -> dict[str, list[float]]:
+    """Measure and print the processor time of whole commands, now and before."""
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(chosen.repeats + 1):
+            for name, python in (("now", sys.executable), ("before", chosen.before)):
+                start = resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run(
+                    [python, "-m", "cdd_dask", "decompose", os.path.abspath(chosen.cube),
+                     f"{folder}/{name}-{number}.zarr"],
+                    check=True, capture_output=True, cwd=folder,
+                    env={**os.environ, "NUMBA_CACHE_DIR": f"{folder}/cache"},
+                )  # fmt: skip
+                end = resource.getrusage(resource.RUSAGE_CHILDREN)
+                spent = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
+                seconds.setdefault(name, []).append(spent)
+    print(f"\nprocessor seconds of `cdd-dask decompose` of {os.path.basename(chosen.cube)}")
+    print("| | first run | later runs | first / later |\n|---|---|---|---|")
+    for name, (first, *later) in seconds.items():
+        middle = statistics.median(later)
+        print(f"| {name} | {first:.2f} | {middle:.2f} | {first / middle:.2f} |")
+    return seconds
 
 
 def decomposition_figures(
@@ -326,10 +436,9 @@ def decomposition_figures(
     figures |= {name: summary(values) for name, values in times.items()}
     if peer:
         figures["times_faster"] = figures["peer"]["median"] / figures["in memory"]["median"]
-    cold, warm = in_fresh_processes(field, options)
-    figures["compile_seconds"] = cold["first"] - cold["second"]
-    figures["start_up_seconds"] = warm["first"] - warm["second"]
-    figures["peak_megabytes"] = warm["kilobytes"] * 1.024e-3
+    fresh = in_fresh_process(field, options)
+    figures["start_up_seconds"] = fresh["first"] - fresh["second"]
+    figures["peak_megabytes"] = fresh["kilobytes"] * 1.024e-3
     return figures
 
 
@@ -392,8 +501,7 @@ def report_decomposition(field: Field, chosen: argparse.Namespace) -> dict[str, 
             print(
                 f"| {what} | {value['median']:.2f} ({value['least']:.2f} to {value['most']:.2f}) |"
             )
-    print(f"| first call over the second, nothing compiled | {found['compile_seconds']:.2f} |")
-    print(f"| the same, all compiled before | {found['start_up_seconds']:.2f} |")
+    print(f"| a process's first call over its second | {found['start_up_seconds']:.2f} |")
     print(f"\npeak memory: {found['peak_megabytes']:.0f} MB", end="")
     print(f" ({found['peak_megabytes'] * 1e6 / field.nbytes:.1f} times the field, with all")
     print("channels, which stay in memory)")
@@ -415,6 +523,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", choices=("steps", "block", "decomposition"), help="one kind of figures"
     )
+    parser.add_argument("--before", metavar="PYTHON", help="compare steps with another state's")
+    parser.add_argument("--cube", help="with --before: a file whose decomposition to time")
     parser.add_argument("--json", help="file to write all figures to")
     chosen = parser.parse_args()
     if chosen.peer and not find_spec("constrained_diffusion"):
@@ -433,7 +543,9 @@ def main() -> None:
     }
     print(f"{' × '.join(map(str, shape))} float32, {figures['cores']} cores")
     print(f"in place, one thread: {limit / 1e6:.0f} million voxels/s ({limit * 8 / 1e9:.1f} GB/s)")
-    if chosen.only == "block":
+    if chosen.before:
+        figures["before"] = report_before(chosen)
+    elif chosen.only == "block":
         figures["block"] = report_block(chosen)
     else:
         field = lognormal_turbulence(shape)

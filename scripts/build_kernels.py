@@ -108,7 +108,8 @@ def build(to: Path, command: list[str], mode: str, names: list[str]) -> list[Pat
         os_and_abi = {"linux": "linux-gnu.2.17", "win": "windows-gnu"}
         zig_target = f"{processor()}-{os_and_abi.get(system) or 'macos.' + version[0]}"
         command += ["-target", zig_target]  # else it compiles for this very machine
-        link += ["-nostdlib++"]  # nothing of it is used, and it would take a minute to compile
+        if system != "win":  # elsewhere nothing of C++'s library is used: a minute less to compile
+            link += ["-nostdlib++"]
     elif system == "macosx":
         command += ["-arch", machine, f"-mmacosx-version-min={version[0]}"]
     else:

@@ -6,7 +6,8 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 venv=$here/.venv
 
-stamp=$venv/.demo-$(cksum < "$here/pyproject.toml" | cut -d' ' -f1)
+# what decides what is installed and compiled
+stamp=$venv/.demo-$(cat "$here"/{pyproject.toml,scripts/build_kernels.py,cdd_dask/engines/cpu/*.?pp} | cksum | cut -d' ' -f1)
 if [ ! -f "$stamp" ]; then
     echo "Installing into $venv (once) ..."
     [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"

@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
-stamp=.venv/.test-$(cksum < pyproject.toml | cut -d' ' -f1)
+# what decides what is installed and compiled
+stamp=.venv/.test-$(cat pyproject.toml scripts/build_kernels.py cdd_dask/engines/cpu/*.?pp | cksum | cut -d' ' -f1)
 if [ ! -f "$stamp" ]; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     .venv/bin/pip install --quiet --upgrade pip

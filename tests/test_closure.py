@@ -17,6 +17,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cdd_dask.boundaries import CUT
+from cdd_dask.cell_evolution import (
+    CellFaces,
+    Cells,
+    Evolution,
+    by_cell,
+    cell_means,
+    evolved,
+    gathered,
+    group_weights,
+    interpolated,
+    smoothed_cells,
+)
 from cdd_dask.closure import (
     HALO,
     LEAST_VARIANCE,
@@ -33,18 +45,6 @@ from cdd_dask.closure import (
     interpolated_mean,
 )
 from cdd_dask.engines import Diffusion, Engine, load_engine
-from cdd_dask.engines.cells import (
-    CellFaces,
-    Cells,
-    Evolution,
-    by_cell,
-    cell_means,
-    evolved,
-    gathered,
-    group_weights,
-    interpolated,
-    smoothed_cells,
-)
 from cdd_dask.engines.reference import constrain
 from cdd_dask.kernels import IDENTITY, Kernel, smoothing_kernel
 from cdd_dask.parameters import KERNELS, Parameters

@@ -77,7 +77,7 @@ def _merged(shape: tuple[int, ...], diffusion: Diffusion) -> list[Axis]:
 
 
 def _diffused(field: NDArray[Any], axes: list[Axis], diffusion: Diffusion) -> NDArray[Any]:
-    survey = library.Survey()
+    survey = library.structures(np.float64).Survey()
     address = library.address(field, field.dtype, math.prod(axis.size for axis in axes))
     library.function("survey", field.dtype)(address, field.size, ctypes.byref(survey))
     blanks = diffusion.as_if_blank or bool(survey.blank)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,19 +29,43 @@ CONSTRAINTS = {"unconstrained": 0, "constrained": 1, "inverted": 2}
 """As ``smoothing.hpp`` numbers them."""
 
 
-_INTEGER, _ADDRESS, _FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_bool
+_INTEGER, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS: dict[str, list[Any]] = {
     "lanes": [],
     "survey": [_ADDRESS, _INTEGER, _ADDRESS],
-    **dict.fromkeys(
-        ("fused_scratch", "fused_saved", "fused_tiles", "pyramid_scratch"), [_ADDRESS]
-    ),
-    **dict.fromkeys(("fused", "pyramid"), [_ADDRESS, _INTEGER]),
-    **dict.fromkeys(
-        ("to_striped", "to_plain", "smooth_axis", "move"), [_ADDRESS, _INTEGER, _INTEGER]
-    ),
+    **{
+        name: [_ADDRESS]
+        for name in ("fused_scratch", "fused_saved", "fused_tiles", "pyramid_scratch")
+    },
+    **{name: [_ADDRESS, _INTEGER] for name in ("fused", "pyramid")},
+    **{
+        name: [_ADDRESS, _INTEGER, _INTEGER]
+        for name in ("to_striped", "to_plain", "smooth_axis", "move")
+    },
 }
 """Parameters of the functions in ``kernels.cpp``; the last are a thread and how many there are."""
+
+
+_STRUCTURES = {
+    "Survey": "least:double most:double blank:int",
+    "Team": "size:int abandoned:int arrived:int passed:int",
+    "Rows": "field:at copy:at count:int size:int length:int first:int scale:double mask:bool "
+    "scratch:at",
+    "Ends": "length:int first:int last:int begin:int end:int from:at outside:T",
+    "Move": "constraint:int share:at rounds:bool",
+    "FusedSteps": "field:at nz:int ny:int ends:Ends z_from:at y_from:at radius:int:3 weights:at:3 "
+    "move:Move count:int depth:int skew:int rows:int wraps:bool:2 scratch:at saved:at "
+    "progress:at team:at",
+    "Level": "values:at nz:int ny:int ends:Ends halved:bool:3 z_from:at y_from:at z_near:at "
+    "z_far:at y_near:at y_far:at",
+    "Pyramid": "levels:at depth:int next:at smoothing:at move:Move count:int order:at ready:at "
+    "first:at last:at scratch:at team:at",
+    "SmoothAxis": "field:at out:at n:int inner:int radius:int from:at weights:at outside:T "
+    "scratch:at sums:at lines:int",
+    "MovePlain": "field:at smooth:at share:at constraint:int count:int",
+}
+"""The members of the structures in C++ and their types: ``at`` is a pointer, ``T`` the type of the
+values, a number the length of an array."""
 
 
 def _present() -> dict[str, Path]:
@@ -96,7 +121,9 @@ def function(name: str, *types: Any) -> Any:
 
     Calls take integers and addresses, and release Python's lock.
     """
-    result = getattr(_loaded(instruction_set()), f"cdd_{name}_{''.join(np.dtype(t).char for t in types)}")
+    result = getattr(
+        _loaded(instruction_set()), f"cdd_{name}_{''.join(np.dtype(t).char for t in types)}"
+    )
     result.argtypes, result.restype = _ARGUMENTS[name], ctypes.c_int64
     return result
 
@@ -136,119 +163,48 @@ def integers(values: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
 
 
 class Record(ctypes.Structure):
-    """A structure of C++, which keeps the arrays that it points to."""
+    """A structure of C++, which keeps the arrays and structures that it points to."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **members: Any) -> None:
         super().__init__()
-        self.arrays: list[Any] = []
-        for name, value in values.items():
+        self.kept: list[Any] = []
+        for name, value in members.items():
             self.set(name, value)
 
     def set(self, name: str, value: Any) -> None:
-        """Set a member: a number, a structure, an array, or a list of numbers or arrays."""
-        if isinstance(value, np.ndarray):
-            self.arrays.append(value)
-            value = value.ctypes.data
-        elif isinstance(value, list):
-            self.arrays += value
-            parts = [v.ctypes.data if isinstance(v, np.ndarray) else v for v in value]
-            value = type(getattr(self, name))(*parts)
-        elif isinstance(value, ctypes.Structure):
-            self.arrays.append(value)
+        """Set a member, to a list where it is an array; a pointer to an array or a structure."""
+        self.kept.append(value)
+        kind: Any = dict(self._fields_)[name]  # type: ignore[arg-type]
+        if isinstance(value, list):
+            value = kind(*map(_at, value))
+        elif kind is ctypes.c_void_p:
+            value = _at(value)
         setattr(self, name, value)
 
 
-def _record(name: str, *fields: tuple[str, Any]) -> type[Record]:
-    return type(name, (Record,), {"_fields_": list(fields)})
-
-
-class Survey(ctypes.Structure):
-    """As in ``survey.hpp``."""
-
-    _fields_ = [("least", ctypes.c_double), ("most", ctypes.c_double), ("blank", _INTEGER)]  # noqa: RUF012
-
-
-Team = _record("Team", *((name, _INTEGER) for name in ("size", "abandoned", "arrived", "passed")))
-"""As in ``team.hpp``."""
-Rows = _record(
-    "Rows",
-    ("field", _ADDRESS),
-    ("copy", _ADDRESS),
-    *((name, _INTEGER) for name in ("count", "size", "length", "first")),
-    ("scale", ctypes.c_double),
-    ("mask", _FLAG),
-    ("scratch", _ADDRESS),
-)
-"""As in ``striped.hpp``."""
-
-
-class Structures:
-    """The structures of C++ whose members depend on the type that is computed with."""
-
-    def __init__(self, number: Any) -> None:
-        places = [(name, _INTEGER) for name in ("length", "first", "last", "begin", "end")]
-        self.Ends = _record("Ends", *places, ("from", _ADDRESS), ("outside", number))
-        self.Move = _record(
-            "Move", ("constraint", _INTEGER), ("share", _ADDRESS), ("rounds", _FLAG)
-        )
-        self.FusedSteps = _record(
-            "FusedSteps",
-            ("field", _ADDRESS),
-            ("nz", _INTEGER),
-            ("ny", _INTEGER),
-            ("ends", self.Ends),
-            ("z_from", _ADDRESS),
-            ("y_from", _ADDRESS),
-            ("radius", _INTEGER * 3),
-            ("weights", _ADDRESS * 3),
-            ("move", self.Move),
-            *((name, _INTEGER) for name in ("count", "depth", "skew", "rows")),
-            ("wraps", _FLAG * 2),
-            *((name, _ADDRESS) for name in ("scratch", "saved", "progress", "team")),
-        )
-        self.Level = _record(
-            "Level",
-            ("values", _ADDRESS),
-            ("nz", _INTEGER),
-            ("ny", _INTEGER),
-            ("ends", self.Ends),
-            ("halved", _FLAG * 3),
-            *((f"{axis}_{what}", _ADDRESS) for what in ("from",) for axis in "zy"),
-            *((f"{axis}_{what}", _ADDRESS) for axis in "zy" for what in ("near", "far")),
-        )
-        self.Pyramid = _record(
-            "Pyramid",
-            ("levels", _ADDRESS),
-            ("depth", _INTEGER),
-            ("next", _ADDRESS),
-            ("smoothing", _ADDRESS),
-            ("move", self.Move),
-            ("count", _INTEGER),
-            *((name, _ADDRESS) for name in ("order", "ready", "first", "last")),
-            ("scratch", _ADDRESS),
-            ("team", _ADDRESS),
-        )
-        self.SmoothAxis = _record(
-            "SmoothAxis",
-            ("field", _ADDRESS),
-            ("out", _ADDRESS),
-            *((name, _INTEGER) for name in ("n", "inner", "radius")),
-            ("from", _ADDRESS),
-            ("weights", _ADDRESS),
-            ("outside", number),
-            ("scratch", _ADDRESS),
-            ("sums", _ADDRESS),
-            ("lines", _INTEGER),
-        )
-        self.MovePlain = _record(
-            "MovePlain",
-            *((name, _ADDRESS) for name in ("field", "smooth", "share")),
-            ("constraint", _INTEGER),
-            ("count", _INTEGER),
-        )
+def _at(value: Any) -> Any:
+    """The address of an array or a structure; else the value itself."""
+    if isinstance(value, np.ndarray):
+        return value.ctypes.data
+    return ctypes.addressof(value) if isinstance(value, (ctypes.Structure, ctypes.Array)) else value
 
 
 @cache
-def structures(dtype: Any) -> Structures:
-    """Those for computing with numbers of `dtype`."""
-    return Structures({4: ctypes.c_float, 8: ctypes.c_double}[np.dtype(dtype).itemsize])
+def structures(dtype: Any) -> SimpleNamespace:
+    """The structures of C++ for computing with numbers of `dtype`, by name."""
+    kinds = {
+        "int": ctypes.c_int64,
+        "bool": ctypes.c_bool,
+        "at": ctypes.c_void_p,
+        "double": ctypes.c_double,
+        "T": {4: ctypes.c_float, 8: ctypes.c_double}[np.dtype(dtype).itemsize],
+    }
+    made: dict[str, Any] = {}
+    for name, text in _STRUCTURES.items():
+        fields = []
+        for part in text.split():
+            member, kind, *count = part.split(":")
+            whole = kinds.get(kind) or made[kind]
+            fields.append((member, whole * int(count[0]) if count else whole))
+        made[name] = type(name, (Record,), {"_fields_": fields})
+    return SimpleNamespace(**made)

@@ -15,8 +15,6 @@ from cdd_dask.boundaries import CUT, extension_index
 from cdd_dask.engines.cpu.library import (
     CONSTRAINTS,
     Record,
-    Rows,
-    Team,
     address,
     aligned,
     function,
@@ -39,7 +37,7 @@ CACHE = 1_200_000
 MOST_SAVED = 16
 """Rows of a plane that a tile saves in all steps of a visit, at most."""
 WIDTH, CHUNK = 64, 512
-"""Lines smoothed together, and values summed at once, along one axis; see ``separable_step.hpp``."""
+"""Lines smoothed together and values summed at once, as in ``separable_step.hpp``."""
 LARGEST_LINE = (2 * LARGEST_RADIUS + 2 * BATCH) * LARGEST_RADIUS * 8
 """Bytes of working memory, for a thread and a voxel of the longest side, at most."""
 
@@ -73,9 +71,7 @@ class Stepper(ABC):
     """Takes steps of one block."""
 
     @abstractmethod
-    def run(
-        self, field: NDArray[Any], blanks: bool, constraint: str, count: int
-    ) -> NDArray[Any]:
+    def run(self, field: NDArray[Any], blanks: bool, constraint: str, count: int) -> NDArray[Any]:
         """The `field` after `count` steps; it is overwritten.
 
         With `blanks` voxels that are NaN take no part.
@@ -129,11 +125,9 @@ class _Striped(Stepper):
 
     @abstractmethod
     def steps(self, copy: NDArray[Any], move: Record, count: int, cval: float) -> None:
-        """Take `count` steps of the striped `copy`, beyond which all is `cval` where a face says so."""
+        """Take `count` steps of the striped `copy`; `cval` lies beyond ``constant`` faces."""
 
-    def run(
-        self, field: NDArray[Any], blanks: bool, constraint: str, count: int
-    ) -> NDArray[Any]:
+    def run(self, field: NDArray[Any], blanks: bool, constraint: str, count: int) -> NDArray[Any]:
         context, rows = self.context, self.shape[0] * self.shape[1]
         width = self.length * lanes(context.working)
         kinds = (context.field, context.working)
@@ -142,7 +136,7 @@ class _Striped(Stepper):
         scratch = aligned(team.size * (width + lanes(context.working)), context.working)
 
         def transfer(name: str, array: NDArray[Any], mask: bool = False) -> None:
-            record = Rows(
+            record = self.types.Rows(
                 field=field, copy=array, count=rows, size=self.shape[2], length=self.length,
                 first=self.first, scale=context.scale, mask=mask, scratch=scratch,
             )  # fmt: skip
@@ -171,7 +165,7 @@ class _Striped(Stepper):
     ) -> Record:
         """All but the field and the move of fused steps along three axes."""
         working, types = self.context.working, self.types
-        nz, ny, nx = (axis.size for axis in axes)
+        nz, ny, _ = (axis.size for axis in axes)
         radii = [axis.kernel.radius for axis in axes]
         wraps = ["wrap" in axis.rules and axis.kernel.radius > 0 for axis in axes[:2]]
         skew = max(BATCH, -(-radii[1] // BATCH) * BATCH)
@@ -183,12 +177,12 @@ class _Striped(Stepper):
         rows = max(1, most // skew) * skew
         depth = 1 if any(wraps) else min(MOST_SAVED // skew, CACHE // (row * rows), count)
         depth = max(1, depth)
-        record = types.FusedSteps(
+        record: Record = types.FusedSteps(
             nz=nz, ny=ny, ends=self.ends(axes[2], length, first, radii[2], cval),
             z_from=integers(_extended(axes[0], radii[0], radii[0])),
             y_from=integers(_extended(axes[1], radii[1], radii[1])),
             radius=radii, weights=[_weights(axis.kernel, working) for axis in axes],
-            count=count, depth=depth, skew=skew, rows=rows, wraps=wraps, team=ctypes.addressof(team),
+            count=count, depth=depth, skew=skew, rows=rows, wraps=wraps, team=team,
         )  # fmt: skip
         at = ctypes.byref(record)
         sizes = [function(f"fused_{name}", working)(at) for name in ("scratch", "saved", "tiles")]
@@ -200,13 +194,14 @@ class _Striped(Stepper):
     def ends(
         self, axis: Axis, length: int, first: int, radius: int, cval: float, after: int = 0
     ) -> Record:
-        """What lies beyond a row: `first` places and `radius` more before, `after` and as many behind."""
+        """What lies beyond a row: ``first + radius`` places before, ``after + radius`` behind."""
         beyond = _beyond(axis, first + radius, after + radius)
-        return self.types.Ends(
+        ends: Record = self.types.Ends(
             length=length, first=first, last=first + axis.size, begin=-radius,
             end=first + axis.size + after + radius, outside=cval,
             **{"from": integers(np.where(beyond < 0, -1, beyond + first))},
         )  # fmt: skip
+        return ends
 
 
 class Fused(_Striped):
@@ -220,7 +215,7 @@ class Fused(_Striped):
         self.length = -(-nx // lanes(context.working))
 
     def steps(self, copy: NDArray[Any], move: Record, count: int, cval: float) -> None:
-        team = Team(size=self.context.team.size)
+        team = self.types.Team(size=self.context.team.size)
         record = self.fused(self._axes, self.length, 0, count, cval, team)
         record.set("field", copy)
         record.set("move", move)
@@ -260,7 +255,7 @@ class Pyramid(_Striped):
         working, types = self.context.working, self.types
         values = [copy] + [self._rows(level) for level in range(1, self._depth + 1)]
         levels = [self._level(level, values[level], cval) for level in range(self._depth + 1)]
-        team = Team(size=self.context.team.size)
+        team = self.types.Team(size=self.context.team.size)
         coarsest = [way.coarsest() for way in self._ways]
         smoothing = self.fused(coarsest, self._lengths[-1], 0, 1, cval, team)
         smoothing.set("move", types.Move(constraint=CONSTRAINTS["unconstrained"]))
@@ -268,17 +263,19 @@ class Pyramid(_Striped):
         way = self._ways[0]
         stride, size = (2, 4) if way.level else (1, 1)
         index = way.down(0)
-        sources = np.stack([index[i : i + stride * self._shapes[1][0] : stride] for i in range(size)])
+        sources = np.stack(
+            [index[i : i + stride * self._shapes[1][0] : stride] for i in range(size)]
+        )
         first = np.where(sources < 0, self.shape[0], sources).min(axis=0)
         last = sources.max(axis=0)
         order = np.argsort(last, kind="stable")
         ready = np.searchsorted(last[order], np.arange(self.shape[0] + 1))
         table = (types.Level * len(levels))(*levels)
         record = types.Pyramid(
-            levels=ctypes.addressof(table), depth=self._depth,
-            next=self._rows(1), smoothing=ctypes.addressof(smoothing), move=move, count=count,
+            levels=table, depth=self._depth,
+            next=self._rows(1), smoothing=smoothing, move=move, count=count,
             order=integers(order), ready=integers(ready), first=integers(first),
-            last=integers(last), team=ctypes.addressof(team),
+            last=integers(last), team=team,
         )  # fmt: skip
         at = ctypes.byref(record)
         size = function("pyramid_scratch", working)(at)
@@ -296,7 +293,7 @@ class Pyramid(_Striped):
         else:
             cells = Axis(nx, IDENTITY, (x.rule, x.rule))
             ends = self.ends(cells, length, 0, 1 if x.level else 0, cval)
-        record = self.types.Level(values=values, nz=nz, ny=ny, ends=ends)
+        record: Record = self.types.Level(values=values, nz=nz, ny=ny, ends=ends)
         if coarser:
             record.set("halved", [way.level > level for way in self._ways])
             for name, way in (("z", z), ("y", y)):
@@ -380,9 +377,7 @@ class Separable(Stepper):
         self._context = context
         self._smooth = aligned(self._shape, context.working)
 
-    def run(
-        self, field: NDArray[Any], blanks: bool, constraint: str, count: int
-    ) -> NDArray[Any]:
+    def run(self, field: NDArray[Any], blanks: bool, constraint: str, count: int) -> NDArray[Any]:
         context = self._context
         share = None
         if blanks:

@@ -108,24 +108,30 @@ template <class Field, class T> struct Rows {
     // Copy the field, with 0 for NaN.
     void to_striped(Index thread, Part part) const {
         constexpr Index N = LANES<T>;
-        T* const plain = scratch + thread * N * (length + 1);
+        T* __restrict const plain = scratch + thread * N * (length + 1);
         std::fill_n(plain, N * (length + 1), T(0));
+        const T factor = T(mask ? 0 : scale), mark = T(mask ? 1 : 0);
         for (Index row = part.begin; row < part.end; ++row) {
-            const Field* const source = field + row * size;
-            for (Index x = 0; x < size; ++x)
-                plain[first + x] = source[x] == source[x] ? (mask ? T(1) : T(source[x]) * T(scale)) : T(0);
+            const Field* __restrict const source = field + row * size;
+            for (Index x = 0; x < size; ++x) {
+                const T value = T(source[x]) * factor + mark;
+                plain[first + x] = value == value ? value : T(0);
+            }
             stripe(plain, copy + row * N * length, length);
         }
     }
     // Copy it back, but leave what is NaN.
     void to_plain(Index thread, Part part) const {
         constexpr Index N = LANES<T>;
-        T* const plain = scratch + thread * N * (length + 1);
+        T* __restrict const plain = scratch + thread * N * (length + 1);
+        const T factor = T(1 / scale);  // a power of two
         for (Index row = part.begin; row < part.end; ++row) {
             unstripe(copy + row * N * length, plain, length);
-            Field* const target = field + row * size;
-            for (Index x = 0; x < size; ++x)
-                target[x] = target[x] == target[x] ? Field(plain[first + x] / T(scale)) : target[x];
+            Field* __restrict const target = field + row * size;
+            for (Index x = 0; x < size; ++x) {
+                const Field value = Field(plain[first + x] * factor), old = target[x];
+                target[x] = old == old ? value : old;
+            }
         }
     }
 };
