@@ -123,7 +123,8 @@ def build(to: Path, command: list[str], mode: str, names: list[str]) -> list[Pat
     suffix = ".dll" if system == "win" else ".so"
 
     def build_one(name: str) -> Path:
-        with tempfile.TemporaryDirectory(dir=to, prefix=".build-") as folder:
+        # git and wheels leave out what has such a name, should it stay behind
+        with tempfile.TemporaryDirectory(suffix, "kernels_", to) as folder:
             compiled, library = f"{folder}/kernels.o", f"{folder}/kernels_{name}{suffix}"
             own = variants()[name].split()
             run([*command, *flags, *own, "-c", str(FOLDER / "kernels.cpp"), "-o", compiled])

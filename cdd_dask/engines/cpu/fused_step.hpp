@@ -38,7 +38,7 @@ template <class T> struct FusedSteps {
     const Index* z_from;    // the planes that stand for -radius ... nz + radius - 1, or -1
     const Index* y_from;    // and the rows
     Index radius[3];        // of the kernels along z, y and x, at most LARGEST_RADIUS
-    const T* weights[3];   // at distances 1 ... radius
+    const Vector<T>* taps[3];  // of `smooth_across`, at distances 1 ... radius
     Move<T> move;
     Index count;            // of steps
     Index depth;            // steps of a visit; 1 where an axis wraps around
@@ -122,19 +122,21 @@ public:
         const bool moves = steps.move.constraint != UNCONSTRAINED;
         const auto across = in_one && moves ? smooth_across_of<T, true>(steps.radius[0])
                                             : smooth_across_of<T, false>(steps.radius[0]);
+        const T *plane[2 * LARGEST_RADIUS + BATCH], *source[2 * LARGEST_RADIUS + BATCH];
+        for (Index i = 0; i < ring; ++i) plane[i] = smoothed_plane(z + i - steps.radius[0]);
         for (Index y = first; y < last; ++y) {
-            const T* source[2 * LARGEST_RADIUS + BATCH];
-            for (Index i = 0; i < ring; ++i) source[i] = smoothed_row(z + i - steps.radius[0], y);
+            for (Index i = 0; i < ring; ++i)
+                source[i] = plane[i] == outside ? outside : plane[i] + (y - first) * width;
             T *target[BATCH], *smoothed[BATCH];
             for (Index b = 0; b < BATCH; ++b) {
                 smoothed[b] = smooth + b * width;
                 target[b] = z + b < steps.nz ? field(z + b, y) : smoothed[b];  // the last is for nothing
             }
             if (in_one) {
-                across(source, target, target, steps.weights[0], width, LANES<T>, steps.move.sign());
+                across(source, target, steps.taps[0], width, 0, steps.move.sign());
                 continue;
             }
-            if (across) across(source, smoothed, target, steps.weights[0], width, LANES<T>, T(1));
+            if (across) across(source, smoothed, steps.taps[0], width, 0, T(1));
             for (Index b = 0; b < std::min<Index>(BATCH, steps.nz - z); ++b)
                 steps.move.row(steps.field, across ? smoothed[b] : source[b], target[b] - steps.field, width);
         }
@@ -156,43 +158,32 @@ private:
     }
     T* ring_plane(Index z) const { return planes + (z + steps.ring()) % steps.ring() * steps.plane_size(); }
     T* first_plane(Index z) const { return planes + (steps.ring() + z) * steps.plane_size(); }
-    // A row of a plane that has been smoothed, z from -radius to beyond nz + radius - 1.
-    const T* smoothed_row(Index z, Index y) const {
+    // A plane that has been smoothed, z from -radius to beyond nz + radius - 1.
+    const T* smoothed_plane(Index z) const {
         z = std::min(z, steps.nz + steps.radius[0] - 1);
-        const Index from = steps.z_from[z + steps.radius[0]], place = (y - first) * steps.width();
+        const Index from = steps.z_from[z + steps.radius[0]];
         if (from < 0) return outside;
-        if (steps.wraps[0] && z < 0) return ring_plane(z) + place;
-        if (steps.wraps[0] && z >= steps.nz) return first_plane(from) + place;
-        return ring_plane(from) + place;
+        if (steps.wraps[0] && z < 0) return ring_plane(z);
+        return steps.wraps[0] && z >= steps.nz ? first_plane(from) : ring_plane(from);
     }
     // Smooth the tile's rows of a plane along y and x.
     void smooth_plane(Index z, T* plane) const {
-        constexpr Index N = LANES<T>;
         const Index width = steps.width(), ry = steps.radius[1], rx = steps.radius[2];
         // By the time that plane is smoothed its rows shall have come from memory.
         const Index ahead = step == 0 && z + 2 < steps.nz ? 2 * steps.ny * width : 0;
-        const auto across = smooth_across_of<T, false>(ry), along = smooth_across_of<T, false>(rx);
+        const auto across = smooth_across_of<T, false>(ry), along = smooth_along_of<T>(rx);
         for (Index y = first; y < last; y += BATCH, plane += BATCH * width) {
             const T* source[2 * LARGEST_RADIUS + BATCH];
             for (Index i = 0; i < 2 * ry + BATCH; ++i)
                 source[i] = row(z, std::min(y + i, steps.ny + 2 * ry - 1) - ry);
             T* target[BATCH];
-            const T* soon[BATCH];
-            for (Index b = 0; b < BATCH; ++b) {
-                target[b] = rx ? rows + b * steps.row_size() : plane + b * width;
-                soon[b] = source[ry + b] + (source[ry + b] == outside ? 0 : ahead);
-            }
-            if (across) across(source, target, soon, steps.weights[1], width, N, T(1));
+            for (Index b = 0; b < BATCH; ++b) target[b] = rx ? rows + b * steps.row_size() : plane + b * width;
+            if (across) across(source, target, steps.taps[1], width, ahead, T(1));
             for (Index b = 0; b < std::min<Index>(BATCH, last - y); ++b) {
                 if (!across) std::copy_n(source[b], width, target[b]);
                 if (!along) continue;
                 steps.ends.extend(target[b]);
-                const T* shifted[2 * LARGEST_RADIUS + BATCH];
-                T* result[BATCH];
-                for (Index i = 0; i < 2 * rx + BATCH; ++i) shifted[i] = target[b] + (i - rx) * N;
-                for (Index i = 0; i < BATCH; ++i) result[i] = plane + b * width + i * N;
-                // The last batch may go beyond the row's end, into the row that comes next.
-                along(shifted, result, shifted, steps.weights[2], width, BATCH * N, T(1));
+                along(target[b], plane + b * width, steps.taps[2], width);  // the next row comes after it
             }
         }
     }

@@ -43,7 +43,9 @@ template <class T, int COUNT> void between_across(const T* const* source, T* tar
 template <class T> struct Level {
     T* values;        // striped
     Index nz, ny;
-    Ends<T> ends;     // of its rows, with one place more beyond either end
+    // Of its rows, with one place more beyond either end; and of rows with an even number of vectors,
+    // as they are halved.
+    Ends<T> ends, even_ends;
     bool halved[3];   // the axes along which the next level is coarser
     // Where the next level's cell i takes its values from: 2 i ... 2 i + 3 along a halved axis,
     // else i; -1 for a value outside.
@@ -52,8 +54,6 @@ template <class T> struct Level {
     const Index *z_near, *z_far, *y_near, *y_far;
 
     Index width() const { return ends.length * LANES<T>; }
-    // Vectors of a row that is to be halved, or was made of one twice as coarse.
-    Index even_length() const { return ends.length + ends.length % 2; }
     T* row(Index z, Index y) const { return values + (z * ny + y) * width(); }
 };
 
@@ -73,7 +73,7 @@ template <class T> struct Pyramid {
     T* scratch;                     // `scratch_size()` values for each thread
     Team* team;
 
-    Index row_size() const { return (all_levels[0].even_length() + 4) * LANES<T>; }
+    Index row_size() const { return (all_levels[0].even_ends.length + 4) * LANES<T>; }
     Index scratch_size() const { return 5 * row_size(); }
     void run(Index thread) const;
 };
@@ -173,10 +173,8 @@ private:
                 T* const result = target + (z * coarse.ny + y) * coarse.width();
                 across(source, fine.halved[2] ? values : result, fine.width());
                 if (!fine.halved[2]) continue;
-                restripe(values, fine.ends.length, fine.even_length());
-                Ends<T> ends = fine.ends;
-                ends.length = fine.even_length();
-                ends.extend(values);
+                restripe(values, fine.ends.length, fine.even_ends.length);
+                fine.even_ends.extend(values);
                 constexpr Index N = LANES<T>;
                 for (Index x = 0; x < coarse.width(); x += N) {
                     Vector<T> v[4];
@@ -206,7 +204,7 @@ private:
                         store(smooth + 2 * x, between<T>(cell, before));
                         store(smooth + 2 * x + N, between<T>(cell, after));
                     }
-                    restripe(smooth, fine.even_length(), fine.ends.length);
+                    restripe(smooth, fine.even_ends.length, fine.ends.length);
                 }
                 to.row(fine.values, fine.halved[2] ? smooth : cells, place, fine.width());
             }

@@ -51,12 +51,12 @@ _STRUCTURES = {
     "Team": "size:int abandoned:int arrived:int passed:int",
     "Rows": "field:at copy:at count:int size:int length:int first:int scale:double mask:bool "
     "scratch:at",
-    "Ends": "length:int first:int last:int begin:int end:int from:at outside:T",
+    "Ends": "length:int first:int last:int begin:int end:int to:at from:at outside:T",
     "Move": "constraint:int share:at rounds:bool",
-    "FusedSteps": "field:at nz:int ny:int ends:Ends z_from:at y_from:at radius:int:3 weights:at:3 "
+    "FusedSteps": "field:at nz:int ny:int ends:Ends z_from:at y_from:at radius:int:3 taps:at:3 "
     "move:Move count:int depth:int skew:int rows:int wraps:bool:2 scratch:at saved:at "
     "progress:at team:at",
-    "Level": "values:at nz:int ny:int ends:Ends halved:bool:3 z_from:at y_from:at z_near:at "
+    "Level": "values:at nz:int ny:int ends:Ends even_ends:Ends halved:bool:3 z_from:at y_from:at z_near:at "
     "z_far:at y_near:at y_far:at",
     "Pyramid": "levels:at depth:int next:at smoothing:at move:Move count:int order:at ready:at "
     "first:at last:at scratch:at team:at",
@@ -204,7 +204,7 @@ def structures(dtype: Any) -> SimpleNamespace:
         fields = []
         for part in text.split():
             member, kind, *count = part.split(":")
-            whole = kinds.get(kind) or made[kind]
+            whole: Any = kinds.get(kind) or made[kind]
             fields.append((member, whole * int(count[0]) if count else whole))
         made[name] = type(name, (Record,), {"_fields_": fields})
     return SimpleNamespace(**made)

@@ -26,37 +26,66 @@ template <class T> inline INLINE Vector<T> moved(Vector<T> old, Vector<T> smooth
     return height > 0 ? less : height < 0 ? more : old;
 }
 
-// Smooth BATCH rows: row b is the mean of the rows b to b + 2 R of `source` around b + R. Vectors
-// from 0 to `count` values are computed, `stride` values apart. Rows `soon` are wanted next. With
-// MOVES the target's values are not replaced but moved to the smooth ones.
-template <class T, int R, bool MOVES>
-void smooth_across(const T* const* source, T* const* target, const T* const* soon, const T* weights,
-                   Index count, Index stride, T sign) {
-    Vector<T> taps[R + 1], signs = splat(sign);
-    for (int j = 1; j <= R; ++j) taps[j] = splat((j % 2 ? T(2) : T(1)) * weights[j - 1]);
-    for (Index x = 0; x < count; x += stride) {
-        Vector<T> sum[BATCH];
-        unrolled<R>([&](auto outer) INLINE {  // all rows together: one sum alone waits for itself
-            constexpr int j = R - outer;
-            for (int b = 0; b < BATCH; ++b) {
-                const Vector<T> centre = load(source[b + R] + x);
-                const Vector<T> pair = load(source[b + R - j] + x) + load(source[b + R + j] + x);
-                const Vector<T> excess = j % 2 ? fma(splat(T(0.5)), pair, -centre) : fma(splat(T(-2)), centre, pair);
-                sum[b] = j == R ? taps[j] * excess : fma(taps[j], excess, sum[b]);
-            }
-        });
-        for (int b = 0; b < BATCH; ++b) __builtin_prefetch(soon[b] + x);
+// Smooth BATCH vectors, of which value(b, j) is what lies at distance j from the middle of the b-th.
+// `taps` are the factors of the differences, 2 w_j or w_j, each in a whole vector. All go inwards
+// together, for one sum alone waits for itself.
+template <class T, int R, class Value>
+inline INLINE void smooth(const Vector<T>* taps, Value value, Vector<T>* result) {
+    constexpr std::integral_constant<int, 0> middle;
+    unrolled<R>([&](auto outer) INLINE {
+        constexpr std::integral_constant<int, R - outer> j;
+        constexpr std::integral_constant<int, -j> minus_j;
+        const Vector<T> tap = taps[j - 1];
         for (int b = 0; b < BATCH; ++b) {
-            const Vector<T> smooth = load(source[b + R] + x) + sum[b];
-            store(target[b] + x, MOVES ? moved<T>(load(target[b] + x), smooth, signs) : smooth);
+            const Vector<T> centre = value(b, middle), pair = value(b, minus_j) + value(b, j);
+            const Vector<T> excess = j % 2 ? fma(splat(T(0.5)), pair, -centre) : fma(splat(T(-2)), centre, pair);
+            result[b] = j == R ? tap * excess : fma(tap, excess, result[b]);
         }
+    });
+    for (int b = 0; b < BATCH; ++b) result[b] = value(b, middle) + result[b];
+}
+
+// Smooth BATCH rows of `count` values: row b of the target across the rows b to b + 2 R of the
+// source. What lies `ahead` values further is wanted soon. With MOVES the target's values are not
+// replaced but moved to the smooth ones.
+template <class T, int R, bool MOVES>
+void smooth_across(const T* const* source, T* const* target, const Vector<T>* taps, Index count, Index ahead, T sign) {
+    // In arrays of its own, so that the compiler sees that no store changes them.
+    const T* from[2 * R + BATCH];
+    T* to[BATCH];
+    for (int i = 0; i < 2 * R + BATCH; ++i) from[i] = source[i] + count;
+    for (int b = 0; b < BATCH; ++b) to[b] = target[b] + count;
+    const Vector<T> signs = splat(sign);
+    for (Index x = -count; x < 0; x += LANES<T>) {
+        Vector<T> result[BATCH];
+        smooth<T, R>(taps, [&](int b, auto j) INLINE { return load(from[b + R + j] + x); }, result);
+        for (int b = 0; b < BATCH; ++b) {
+            if constexpr (!MOVES) __builtin_prefetch(from[b + R] + x + ahead);
+            store(to[b] + x, MOVES ? moved<T>(load(to[b] + x), result[b], signs) : result[b]);
+        }
+    }
+}
+// Smooth a striped row along itself. As BATCH vectors go together, more than `count` values may be
+// written.
+template <class T, int R> void smooth_along(const T* source, T* target, const Vector<T>* taps, Index count) {
+    constexpr Index N = LANES<T>;
+    for (Index x = 0; x < count; x += BATCH * N) {
+        Vector<T> result[BATCH];
+        smooth<T, R>(taps, [&](int b, auto j) INLINE { return load(source + x + (b + j) * N); }, result);
+        for (int b = 0; b < BATCH; ++b) store(target + x + b * N, result[b]);
     }
 }
 
 template <class T> using SmoothAcross = decltype(&smooth_across<T, 1, false>);
+template <class T> using SmoothAlong = decltype(&smooth_along<T, 1>);
+// These functions for a radius that is known only now; null for 0.
 template <class T, bool MOVES, int R = LARGEST_RADIUS> SmoothAcross<T> smooth_across_of(Index radius) {
     if constexpr (R == 0) return nullptr;
     else return radius == R ? &smooth_across<T, R, MOVES> : smooth_across_of<T, MOVES, R - 1>(radius);
+}
+template <class T, int R = LARGEST_RADIUS> SmoothAlong<T> smooth_along_of(Index radius) {
+    if constexpr (R == 0) return nullptr;
+    else return radius == R ? &smooth_along<T, R> : smooth_along_of<T, R - 1>(radius);
 }
 
 template <class T> inline INLINE Vector<T> rounded_to_float(Vector<T> value) {

@@ -181,7 +181,7 @@ class _Striped(Stepper):
             nz=nz, ny=ny, ends=self.ends(axes[2], length, first, radii[2], cval),
             z_from=integers(_extended(axes[0], radii[0], radii[0])),
             y_from=integers(_extended(axes[1], radii[1], radii[1])),
-            radius=radii, weights=[_weights(axis.kernel, working) for axis in axes],
+            radius=radii, taps=[self.taps(axis.kernel) for axis in axes],
             count=count, depth=depth, skew=skew, rows=rows, wraps=wraps, team=team,
         )  # fmt: skip
         at = ctypes.byref(record)
@@ -191,15 +191,29 @@ class _Striped(Stepper):
         record.set("progress", np.zeros(2 * sizes[2], np.int64))
         return record
 
+    def taps(self, kernel: Kernel) -> NDArray[Any]:
+        """Factors of the differences at distances 1 to the radius, each in a whole vector."""
+        weights = _weights(kernel, self.context.working)
+        weights[::2] *= 2
+        taps = aligned((len(weights), lanes(weights.dtype)), weights.dtype)
+        taps[:] = weights[:, None]
+        return taps
+
     def ends(
         self, axis: Axis, length: int, first: int, radius: int, cval: float, after: int = 0
     ) -> Record:
         """What lies beyond a row: ``first + radius`` places before, ``after + radius`` behind."""
         beyond = _beyond(axis, first + radius, after + radius)
+        last, vector = first + axis.size, lanes(self.context.working)
+        end = last + after + radius
+        places = np.concatenate([np.arange(-radius, first), np.arange(last, end)])
+
+        def striped(place: NDArray[np.intp]) -> NDArray[np.int64]:
+            return integers(place % length * vector + place // length)
+
         ends: Record = self.types.Ends(
-            length=length, first=first, last=first + axis.size, begin=-radius,
-            end=first + axis.size + after + radius, outside=cval,
-            **{"from": integers(np.where(beyond < 0, -1, beyond + first))},
+            length=length, first=first, last=last, begin=-radius, end=end, outside=cval,
+            to=striped(places), **{"from": np.where(beyond < 0, -1, striped(beyond + first))},
         )  # fmt: skip
         return ends
 
@@ -286,14 +300,15 @@ class Pyramid(_Striped):
         z, y, x = self._ways
         length, coarser = self._lengths[level], level < self._depth
         nz, ny, nx = self._shapes[level]
-        if level == 0:
-            after = x.after if x.level else 0
-            voxels = x.axis
-            ends = self.ends(voxels, length, x.before, 1 if x.level else 0, cval, after)
-        else:
-            cells = Axis(nx, IDENTITY, (x.rule, x.rule))
-            ends = self.ends(cells, length, 0, 1 if x.level else 0, cval)
-        record: Record = self.types.Level(values=values, nz=nz, ny=ny, ends=ends)
+        row = Axis(nx, IDENTITY, (x.rule, x.rule)) if level else x.axis
+        first, after = (0, 0) if level or not x.level else (x.before, x.after)
+        ends, even_ends = (
+            self.ends(row, vectors, first, min(x.level, 1), cval, after)
+            for vectors in (length, length + length % 2)
+        )
+        record: Record = self.types.Level(
+            values=values, nz=nz, ny=ny, ends=ends, even_ends=even_ends
+        )
         if coarser:
             record.set("halved", [way.level > level for way in self._ways])
             for name, way in (("z", z), ("y", y)):

@@ -17,38 +17,33 @@
 
 namespace cdd {
 
-// Where voxel `place` of a striped row lies.
-template <class T> inline Index striped(Index place, Index length) {
-    return place % length * LANES<T> + place / length;
-}
-
 // What lies beyond the ends of a striped row, whose voxels are those from `first` to `last - 1`.
 template <class T> struct Ends {
     Index length;       // vectors of a row
     Index first, last;  // places of the row's own voxels
     Index begin, end;   // places that are wanted: -begin vectors before the row, and as many behind it
-    const Index* from;  // for those that are not its own, the place of the voxel to take, or -1
-    T outside;         // the value for -1
+    // For those that are not its own, in order: where they lie in the row, if they do, and where
+    // the value is that they take, or -1; counted in values from the row's begin.
+    const Index *to, *from;
+    T outside;          // the value for -1
 
     // Make the vectors from `begin` to `end` complete; there is room for them, and one more value.
     void extend(T* row) const {
         constexpr Index N = LANES<T>;
-        const Index* low = from - begin;              // of places before `first`
-        const Index* high = from - begin + first - last;  // of places from `last` on
-        auto value = [&](Index place) { return place < 0 ? outside : row[striped<T>(place, length)]; };
-        for (Index place = 0; place < first; ++place) row[striped<T>(place, length)] = value(low[place]);
-        for (Index place = last; place < std::min(end, N * length); ++place)
-            row[striped<T>(place, length)] = value(high[place]);
+        const Index before = first - begin, wanted = before + end - last;
+        auto value = [&](Index i) { return from[i] < 0 ? outside : row[from[i]]; };
+        for (Index i = -begin; i < before; ++i) row[to[i]] = value(i);
+        for (Index i = before; i < std::min(wanted, before + N * length - last); ++i) row[to[i]] = value(i);
         for (Index i = -1; i >= begin; --i) {  // vector i is vector i + length, one stripe before
             Vector<T> shifted = load(row + (i + length) * N - 1);
-            shifted[0] = value(low[i]);
+            shifted[0] = value(i - begin);
             store(row + i * N, shifted);
         }
-        for (Index i = length; i < length - begin; ++i) {  // and i - length, one stripe after
-            Vector<T> shifted = load(row + (i - length) * N + 1);
-            const Index place = (N - 1) * length + i;
-            shifted[N - 1] = place >= last && place < end ? value(high[place]) : T(0);
-            store(row + i * N, shifted);
+        for (Index i = 0; i < -begin; ++i) {  // and vector i + length is vector i, one stripe after
+            Vector<T> shifted = load(row + i * N + 1);
+            const Index place = before + N * length + i - last;
+            shifted[N - 1] = place >= before && place < wanted ? value(place) : T(0);
+            store(row + (i + length) * N, shifted);
         }
     }
 };
