@@ -34,6 +34,7 @@ VARIANTS = {
 """Flags for the instruction sets of each processor, the widest first."""
 FLAGS = (
     "-std=c++17 -ffp-contract=off -fno-exceptions -fno-rtti -fvisibility=hidden "
+    "-fno-trapping-math -fno-math-errno -fno-tree-slp-vectorize "
     "-Wall -Wextra -Wconversion"
 )
 FAST = "-O3"

@@ -21,6 +21,7 @@ LAYERS = (
         "halo",
         "pyramid",
         "closure",
+        "cell_evolution",
     ),
     ("engines",),
     ("blocks", "memory", "regimes", "plans", "drafts", "planner", "working", "cone"),

@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "halos": ("positive", {}),
     "one block": ("positive", {"block": 48}),
     "an array in memory": ("in memory", {}),
-    "several passes": ("positive", {"max_scale": 16, "memory": "13.2MB"}),
+    "several passes": ("positive", {"max_scale": 16, "memory": "15.4MB"}),
     "closure": ("positive", CELLS),
     "closure of both signs": ("signed", CELLS),
     "stream": ("positive", STREAM),
@@ -178,7 +178,10 @@ MUTATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "fill_value": ({"fill_value": 1.0}, r"fill_value=0\.0, and now fill_value=1\.0"),
     "upsample": ({"upsample": 2}, "upsample=1, and now upsample=2"),
     "switch_scale": ({"switch_scale": 3.0}, r"switch_scale=null, and now switch_scale=3\.0"),
-    "engine": ({"engine": "reference"}, 'engine="cpu on cpu", and now engine="reference on cpu"'),
+    "engine": (
+        {"engine": "reference"},
+        r'engine="cpu \(arithmetic 2\) on cpu", and now engine="reference on cpu"',
+    ),
     "block": ({"block": 24}, r"block=\[16, 16, 16\], and now block=\[24, 24, 24\]"),
     "scratch": ({"scratch": "/tmp"}, 'scratch=null, and now scratch="/tmp"'),
 }

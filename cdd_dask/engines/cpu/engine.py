@@ -57,7 +57,7 @@ class CpuEngine(Engine):
         # the field and its copy, in float64 where there are blanks; then also what is left of the
         # kernel, and where they are
         copy = 8 + 8 + 1 if blanks else itemsize
-        line = thread_team.threads * LARGEST_LINE
+        line = thread_team.threads * LARGEST_LINE * (8 if blanks else itemsize)
         return Footprint(host=itemsize, device=0, line=line, copy=copy)
 
     def limit_threads(self, count: int) -> int:

@@ -38,8 +38,8 @@ MOST_SAVED = 16
 """Rows of a plane that a tile saves in all steps of a visit, at most."""
 WIDTH, CHUNK = 64, 512
 """Lines smoothed together and values summed at once, as in ``separable_step.hpp``."""
-LARGEST_LINE = (2 * LARGEST_RADIUS + 2 * BATCH) * LARGEST_RADIUS * 8
-"""Bytes of working memory, for a thread and a voxel of the longest side, at most."""
+LARGEST_LINE = (2 * LARGEST_RADIUS + BATCH) * LARGEST_RADIUS + 4 * BATCH
+"""Values of working memory, for a thread and a voxel of the longest side, at most."""
 
 
 @dataclass(frozen=True)
