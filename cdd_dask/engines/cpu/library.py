@@ -56,8 +56,8 @@ _STRUCTURES = {
     "FusedSteps": "field:at nz:int ny:int ends:Ends z_from:at y_from:at radius:int:3 taps:at:3 "
     "move:Move count:int depth:int skew:int rows:int wraps:bool:2 scratch:at saved:at "
     "progress:at team:at",
-    "Level": "values:at nz:int ny:int ends:Ends even_ends:Ends halved:bool:3 z_from:at y_from:at z_near:at "
-    "z_far:at y_near:at y_far:at",
+    "Level": "values:at nz:int ny:int ends:Ends even_ends:Ends halved:bool:3 z_from:at y_from:at "
+    "z_near:at z_far:at y_near:at y_far:at",
     "Pyramid": "levels:at depth:int next:at smoothing:at move:Move count:int order:at ready:at "
     "first:at last:at scratch:at team:at",
     "SmoothAxis": "field:at out:at n:int inner:int radius:int from:at weights:at outside:T "
