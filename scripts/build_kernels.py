@@ -37,6 +37,9 @@ FLAGS = (
     "-fno-trapping-math -fno-math-errno -fno-tree-slp-vectorize "
     "-Wall -Wextra -Wconversion"
 )
+GCC_ONLY = "-mtune-ctrl=^inter_unit_moves_from_vec"
+"""Pointers that find no register wait in memory, not in the vectors' registers: arithmetic wants
+the unit that brings them back from there."""
 FAST = "-O3"
 SANITIZED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
@@ -105,6 +108,9 @@ def build(to: Path, command: list[str], mode: str, names: list[str]) -> list[Pat
     system, *version, machine = target()
     command = list(command)
     flags, link = FLAGS.split() + mode.split(), ["-shared", *mode.split()]
+    asked = [*command, GCC_ONLY, "-E", "-x", "c++", os.devnull]
+    if processor() == "x86_64" and not subprocess.run(asked, capture_output=True).returncode:
+        flags += [GCC_ONLY]
     if any(Path(word).stem in ("zig", "ziglang", "python-zig") for word in command):
         os_and_abi = {"linux": "linux-gnu.2.17", "win": "windows-gnu"}
         zig_target = f"{processor()}-{os_and_abi.get(system) or 'macos.' + version[0]}"

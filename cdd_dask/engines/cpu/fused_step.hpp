@@ -34,20 +34,20 @@ struct Progress {
 template <class T> struct FusedSteps {
     T* field;              // striped, of nz planes of ny rows
     Index nz, ny;
-    Ends<T> ends;          // of the rows, `begin` and `end` as the radius along x wants them
-    const Index* z_from;    // the planes that stand for -radius ... nz + radius - 1, or -1
-    const Index* y_from;    // and the rows
-    Index radius[3];        // of the kernels along z, y and x, at most LARGEST_RADIUS
+    Ends<T> ends;              // of the rows, `begin` and `end` as the radius along x wants them
+    const Index* z_from;       // the planes that stand for -radius ... nz + radius - 1, or -1
+    const Index* y_from;       // and the rows
+    Index radius[3];           // of the kernels along z, y and x, at most LARGEST_RADIUS
     const Vector<T>* taps[3];  // of `smooth_across`, at distances 1 ... radius
     Move<T> move;
-    Index count;            // of steps
-    Index depth;            // steps of a visit; 1 where an axis wraps around
-    Index skew;             // rows; a multiple of BATCH, at least the radius along y
-    Index rows;             // of a tile, a multiple of `skew`
-    bool wraps[2];         // whether planes, and rows, beyond one end are those of the other end
-    T* scratch;            // `scratch_size()` values for each thread
-    T* saved;              // `saved_size()` values
-    Progress* progress;    // of visits() * tiles(), all 0
+    Index count;         // of steps
+    Index depth;         // steps of a visit; 1 where an axis wraps around
+    Index skew;          // rows; a multiple of BATCH, at least the radius along y
+    Index rows;          // of a tile, a multiple of `skew`
+    bool wraps[2];       // whether planes, and rows, beyond one end are those of the other end
+    T* scratch;          // `scratch_size()` values for each thread
+    T* saved;            // `saved_size()` values
+    Progress* progress;  // of visits() * tiles(), all 0
     Team* team;
 
     Index width() const { return ends.length * LANES<T>; }
@@ -81,8 +81,8 @@ template <class T> class TileStep {
 public:
     TileStep(const FusedSteps<T>& s, T* scratch, Index tile, Index number, Index step_)
         : steps(s), step(step_),
-          first(std::clamp(tile * s.rows - step_ * s.skew, 0L, s.ny)),
-          last(std::clamp((tile + 1) * s.rows - step_ * s.skew, 0L, s.ny)),
+          first(std::clamp(tile * s.rows - step_ * s.skew, Index(0), s.ny)),
+          last(std::clamp((tile + 1) * s.rows - step_ * s.skew, Index(0), s.ny)),
           planes(scratch + BATCH * s.row_size() + (BATCH + 1) * s.width() + step_ * s.planes() * s.plane_size()),
           saved(slot(number)), saved_before(slot(number + s.saved_slots() - 1)),
           saved_first(s.saved + s.saved_slots() * s.depth * s.slot_size()),
@@ -171,7 +171,8 @@ private:
         const Index width = steps.width(), ry = steps.radius[1], rx = steps.radius[2];
         // By the time that plane is smoothed its rows shall have come from memory.
         const Index ahead = step == 0 && z + 2 < steps.nz ? 2 * steps.ny * width : 0;
-        const auto across = smooth_across_of<T, false>(ry), along = smooth_along_of<T>(rx);
+        const auto across = smooth_across_of<T, false>(ry);
+        const auto along = smooth_along_of<T>(rx);
         for (Index y = first; y < last; y += BATCH, plane += BATCH * width) {
             const T* source[2 * LARGEST_RADIUS + BATCH];
             for (Index i = 0; i < 2 * ry + BATCH; ++i)

@@ -62,15 +62,15 @@ constexpr Index LARGEST_LEVEL = 30;
 template <class T> struct Pyramid {
     const Level<T>* all_levels;
     Index depth;                     // how often the grid gets coarser: levels - 1
-    T* next;                        // like the values of level 1, for the next step
-    const FusedSteps<T>* smoothing; // one step on the coarsest cells
+    T* next;                         // like the values of level 1, for the next step
+    const FusedSteps<T>* smoothing;  // one step on the coarsest cells
     Move<T> move;
     Index count;                     // of steps
     // Planes of cells of level 1, in the order in which the planes of voxels that they are made of
     // are complete: those from `ready[z]` to `ready[z + 1] - 1` with plane z.
     const Index *order, *ready;
-    const Index *first, *last;       // of these planes of voxels, for every plane of cells
-    T* scratch;                     // `scratch_size()` values for each thread
+    const Index *first, *last;  // of these planes of voxels, for every plane of cells
+    T* scratch;                 // `scratch_size()` values for each thread
     Team* team;
 
     Index row_size() const { return (all_levels[0].even_ends.length + 4) * LANES<T>; }

@@ -9,15 +9,15 @@ namespace cdd {
 // Smooth a field along the middle one of three axes.
 template <class Field, class T> struct SmoothAxis {
     const Field* field;
-    T* out;                     // may be the field
-    Index n, inner;              // lengths of the last two axes
+    T* out;          // may be the field
+    Index n, inner;  // lengths of the last two axes
     Index radius;
-    const Index* from;           // the places that stand for -radius ... n + radius - 1, or -1
-    const T* weights;           // at distances 1 ... radius
-    Field outside;              // the value for -1
-    Field* scratch;             // (n + 2 radius) WIDTH values for each thread
-    T* sums;                    // CHUNK values for each thread
-    Index lines;                 // to smooth, `inner` for each place along the first axis
+    const Index* from;  // the places that stand for -radius ... n + radius - 1, or -1
+    const T* weights;   // at distances 1 ... radius
+    Field outside;      // the value for -1
+    Field* scratch;     // (n + 2 radius) WIDTH values for each thread
+    T* sums;            // CHUNK values for each thread
+    Index lines;        // to smooth, `inner` for each place along the first axis
 
     static constexpr Index WIDTH = 64;   // neighbours whose lines are smoothed together
     static constexpr Index CHUNK = 512;  // values that are summed at once, to stay in the cache

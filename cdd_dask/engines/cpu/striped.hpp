@@ -96,9 +96,9 @@ template <class Field, class T> struct Rows {
     T* copy;
     Index count, size;    // rows, and voxels of each
     Index length, first;  // vectors of a striped row, and the place of a row's first voxel
-    double scale;        // of the copy
-    bool mask;           // whether to copy 1 for a number instead of its value
-    T* scratch;          // LANES * (length + 1) values for each thread
+    double scale;         // of the copy
+    bool mask;            // whether to copy 1 for a number instead of its value
+    T* scratch;           // LANES * (length + 1) values for each thread
 
     // Copy the field, with 0 for NaN.
     void to_striped(Index thread, Part part) const {
