@@ -14,7 +14,7 @@ from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
 from cdd_dask.memory import TaskMemory, cell_task_bytes, voxel_task_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Resources, Volume
-from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps, margin
+from cdd_dask.pyramid import coarse_levels, computed_steps, padded_shape
 from cdd_dask.regimes import (
     Regime,
     cell_block,
@@ -68,9 +68,6 @@ def drafts_of(parameters: Parameters, volume: Volume, resources: Resources) -> l
         edges=edges,
         steps=steps,
         levels=levels,
-        margins=tuple(
-            tuple(map(margin, one.kernels, level)) for one, level in zip(steps, levels, strict=True)
-        ),
         computed_steps=computed,
         depths=depths,
         blank_depths=blank_depths,
@@ -93,8 +90,6 @@ class Draft:
     steps: tuple[Steps, ...]
     levels: tuple[tuple[int, ...], ...]
     """How often every channel halves the grid for its smoothing, per axis."""
-    margins: tuple[tuple[int, ...], ...]
-    """Voxels beyond a face of which these grids' cells are made, see `pyramid.margin`."""
     computed_steps: tuple[Steps, ...]
     """The steps with the kernels that these halvings make of theirs."""
     depths: tuple[tuple[int, ...], ...]
@@ -267,9 +262,18 @@ class Draft:
             source_itemsize=self.volume.source_itemsize if from_source else 0,
             source_chunk=self.volume.source_chunk if from_source else None,
             cells=cells,
-            coarse_cells=coarse_cells(cells or haloed, self.margins[k], regime.levels),
+            levels=regime.levels,
+            padded=self.padded(k, cells or haloed, regime.levels),
+            wraps=boundary == "wrap",
             channels=self.refined if refined else 1,
         )
+
+    def padded(self, k: int, shape: tuple[int, ...], levels: tuple[int, ...]) -> tuple[int, ...]:
+        """What a block's coarser grids are made of in channel `k`, which may be refined."""
+        whole = self.volume.shape
+        if self.steps[k].refinement > 1:
+            whole = self.cells(self.volume.grid(whole), k)
+        return padded_shape(shape, whole, self.steps[k].kernels, levels, self.parameters.boundary)
 
     def blank_memory(self, grid: Grid, k: int, regime: Regime, tile: tuple[int, ...]) -> TaskMemory:
         """The same where blank voxels are found, and a block is computed tile by tile."""
@@ -285,7 +289,7 @@ class Draft:
             plain,
             haloed=haloed,
             footprint=self.resources.blank_footprint,
-            coarse_cells=coarse_cells(haloed, self.margins[k], regime.levels),
+            padded=self.padded(k, haloed, regime.levels),
             cores=2,
         )
 
@@ -459,7 +463,7 @@ class Draft:
     def copying_memory(self, grid: Grid) -> int:
         """Bytes that a task of the copying-in holds at its peak."""
         memory = self.task_memory(grid, 0, next(self.options(grid, 0)))
-        return replace(memory, haloed=grid.block, cells=None, coarse_cells=0).host
+        return replace(memory, haloed=grid.block, cells=None, levels=()).host
 
     def seconds_of(self, grid: Grid, stepping: float, read: int, written: int) -> float:
         """Time for so many seconds of steps and for bytes, shared by the workers."""

@@ -87,7 +87,7 @@ class Image(zarr.Array[Any]):
 def _prove(array: zarr.Array[Any], checksums: Mapping[Place, str], place: Place) -> None:
     """Raise `DamagedError` for a shard that is not what its run wrote."""
     try:
-        found = checksum(np.asarray(array[shards_of(array).core_at(place)]))
+        values = np.asarray(array[shards_of(array).core_at(place)])
     except DamagedError:
         raise
     except Exception as error:
@@ -96,7 +96,8 @@ def _prove(array: zarr.Array[Any], checksums: Mapping[Place, str], place: Place)
         raise
     if place not in checksums:
         raise DamagedError(f"{array.path}, shard {place} has no done mark{REMEDY}")
-    if found != checksums[place]:
+    known = checksums[place]
+    if checksum(values, known) != known:
         raise DamagedError(f"{array.path}, shard {place} is not what its run wrote{REMEDY}")
 
 

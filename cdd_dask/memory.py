@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdd_dask.blocks import Grid, storage_chunks
-from cdd_dask.engines.base import COPY_ROWS, COPY_WIDTH, Footprint
+from cdd_dask.engines.base import Footprint
 from cdd_dask.errors import InputError
+from cdd_dask.pyramid import coarse_cells
 
 TASK_OVERHEAD = 10_000_000
 """Bytes that a task holds besides its arrays: buffers of the I/O pool, small objects, and by how
@@ -131,8 +132,12 @@ class TaskMemory:
     """Shape of what the source decodes at once, in voxels."""
     cells: tuple[int, ...] | None = None
     """Shape of the largest tile with its halo on the refined grid, where there is one."""
-    coarse_cells: int = 0
-    """Cells of the coarser grids that the block is smoothed on."""
+    levels: tuple[int, ...] = ()
+    """How often the grid is halved to smooth the block."""
+    padded: tuple[int, ...] = ()
+    """Shape of what coarser grids are made of, see `pyramid.padded_shape`; unused without them."""
+    wraps: bool = False
+    """Whether a side of the block may be the volume's, which wraps around."""
     channels: int = 1
     """Channels that the pass computes."""
     cores: int = 1
@@ -158,13 +163,7 @@ class TaskMemory:
             in_flight = min(CHUNKS_IN_FLIGHT, count) * math.prod(self.source_chunk)
             fetching = max(fetching, 2 * in_flight * self.source_itemsize)
         reading = haloed + math.prod(self.haloed) * self.source_itemsize + fetching
-        shape = self.cells or self.haloed
-        computed, footprint = math.prod(shape), self.footprint
-        *outer, row = shape
-        longer = -(-row // COPY_WIDTH) * COPY_WIDTH
-        copied = math.prod(outer[:-1]) * (outer[-1] + COPY_ROWS) * longer if outer else longer
-        copied += self.coarse_cells * longer // row
-        work = computed * footprint.host + copied * footprint.copy + max(shape) * footprint.line
+        computed, work = math.prod(self.cells or self.haloed), self.work
         if self.cells is None:
             diffusing = work + core
             # the halo is gone when the shard is encoded, and then joined
@@ -176,6 +175,23 @@ class TaskMemory:
             diffusing = fields + refined
             writing = fields + 2 * core + 2 * encoded
         return max(reading + held, diffusing + held, writing) + TASK_OVERHEAD
+
+    @property
+    def work(self) -> int:
+        """Bytes of the engine, the block included."""
+        shape, footprint = self.cells or self.haloed, self.footprint
+        multiple = footprint.lanes * (2 if any(self.levels) else 1)
+        row = self.padded[-1] if any(self.levels) else shape[-1]
+        longer = -(-row // multiple) * multiple
+        copied = math.prod(shape[:-1]) * longer
+        if any(self.levels):
+            copied += coarse_cells(self.padded, self.levels) * longer // row
+        elif len(shape) > 1:
+            # axes that are left alone may be joined where there are more than three
+            rows = shape[-2] if len(shape) <= 3 else min(shape[:-1])
+            copied += copied // rows * footprint.saved * (3 if self.wraps else 1)
+        tiles = max(max(shape) * footprint.line, footprint.tiles)
+        return math.prod(shape) * footprint.host + copied * footprint.copy + tiles
 
     @property
     def device(self) -> int:

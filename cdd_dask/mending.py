@@ -222,7 +222,7 @@ class _Mender:
         number = self._ledger.writers[damage.output]
         values = store.read_block(again, path, core)
         expected = self._ledger.checksum(damage.output, damage.block)
-        if expected is not None and store.checksum(values) != expected:
+        if expected is not None and store.checksum(values, expected) != expected:
             return False
         if damage.readable:  # it lacks but a mark, and may be right where this machine is not
             there = store.read_block(self._address, path, core)

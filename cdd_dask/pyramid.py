@@ -159,18 +159,40 @@ def computed_steps(steps: Steps, levels: tuple[int, ...]) -> Steps:
     return replace(steps, kernels=tuple(map(chain_kernel, steps.kernels, levels)))
 
 
-def coarse_cells(shape: tuple[int, ...], margins: tuple[int, ...], levels: tuple[int, ...]) -> int:
-    """Cells of all levels, at most, for a block of `shape`; `margins` are those of the axes.
+def padded_shape(
+    shape: tuple[int, ...],
+    volume: tuple[int, ...],
+    kernels: tuple[Kernel, ...],
+    levels: tuple[int, ...],
+    boundary: str,
+) -> tuple[int, ...]:
+    """What cells are made of, at most, for a block of `shape` anywhere in a volume.
+
+    The block's voxels, and voxels beyond its faces where these need some, see `can_extend_cells`;
+    whole cells in all.
+    """
+    return tuple(
+        _padded(*axis, boundary) for axis in zip(shape, volume, kernels, levels, strict=True)
+    )
+
+
+def _padded(size: int, whole: int, kernel: Kernel, level: int, boundary: str) -> int:
+    if level == 0:
+        return size
+    cell = 2**level
+    ends_with_cell = whole % cell == 0
+    low = not can_extend_cells(boundary, ends_with_cell or boundary != "wrap")
+    high = not can_extend_cells(boundary, ends_with_cell)
+    # of a part of the axis, one face at most is the volume's, but it begins within a cell
+    beyond, phase = (low + high, 0) if size == whole else (low or high, cell - 1)
+    return -(-(phase + size + beyond * margin(kernel, level)) // cell) * cell
+
+
+def coarse_cells(padded: tuple[int, ...], levels: tuple[int, ...]) -> int:
+    """Cells of all levels that are made of a shape of `padded_shape`.
 
     The coarsest are held twice, and so are the finest, for the next step.
-    The block's faces are all taken to need cells beyond them, see `can_extend_cells`.
     """
-    if not any(levels):
-        return 0
-    padded = [
-        (-(-n // 2**level) + 2 * (beyond >> level) + 1) * 2**level if level else n
-        for n, beyond, level in zip(shape, margins, levels, strict=True)
-    ]
     depth = max(levels)
     counts = [
         math.prod(n >> min(level, j) for n, level in zip(padded, levels, strict=True))

@@ -24,13 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask.blocks import Grid, HaloedBlock, Region, shifted, starts, with_halo
+from cdd_dask.calibration import cores
 from cdd_dask.decomposition import Decomposition
 from cdd_dask.engines import Diffusion, Engine, Faces, load_engine
 from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
 from cdd_dask.memory import TaskMemory, format_bytes, return_freed_memory
 from cdd_dask.parameters import Parameters
 from cdd_dask.progress import Progress
-from cdd_dask.pyramid import coarse_cells, coarse_levels, computed_steps, margin, pyramid_error
+from cdd_dask.pyramid import coarse_levels, computed_steps, padded_shape, pyramid_error
 from cdd_dask.readers import Source, read_field
 from cdd_dask.readers.regions import read_region
 from cdd_dask.refinement import Refinement
@@ -304,28 +305,34 @@ class _Recomputation:
 
     def needed_memory(self, channels: range, core: Region) -> int:
         """Bytes at the peak of a recomputation."""
-        k, itemsize = channels.start, self.parameters.itemsize
+        k, parameters = channels.start, self.parameters
         haloed = tuple(s.stop - s.start for s in self.block(k, core).outer)
         steps, reads_source = self.steps[k], self.starts_from_source(k)
-        cells = tuple(
-            n * steps.refinement if axis in steps.axes else n for axis, n in enumerate(haloed)
-        )
-        return TaskMemory(
+
+        def in_cells(shape: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(n * (steps.refinement if i in steps.axes else 1) for i, n in enumerate(shape))
+
+        cells, itemsize, boundary = in_cells(haloed), parameters.itemsize, parameters.boundary
+        memory = TaskMemory(
             grid=self.grid,
             haloed=haloed,
-            footprint=self.engine.footprint(itemsize, self.has_blanks),
+            footprint=self.engine.footprint(itemsize, self.has_blanks, cores()),
             itemsize=itemsize,
             source_itemsize=max(itemsize, self.source.dtype.itemsize if reads_source else 0),
             source_chunk=self.source.chunk if reads_source else None,
             cells=cells if steps.refinement > 1 else None,
-            coarse_cells=max(
-                coarse_cells(
-                    cells, tuple(map(margin, self.steps[k].kernels, self.levels[k])), self.levels[k]
-                )
-                for k in channels
-            ),
+            wraps=boundary == "wrap",
             channels=len(channels),
-        ).host
+        )
+        whole = in_cells(self.grid.shape)
+        return max(
+            replace(
+                memory,
+                levels=self.levels[k],
+                padded=padded_shape(cells, whole, self.steps[k].kernels, self.levels[k], boundary),
+            ).host
+            for k in channels
+        )
 
     def sample(self, k: int, tally: _Tally, needed: int, memory: int) -> Sample:
         """What the differences of channel `k` come to."""

@@ -182,7 +182,7 @@ class Ledger:
         expected = self.checksum(output, block)
         if expected is None:
             return values, Damage(f"{where}: has no done mark", output, block, readable=True)
-        if store.checksum(values) != expected:
+        if store.checksum(values, expected) != expected:
             return values, Damage(f"{where}: is not what its run wrote", output, block)
         return values, None
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+AT_ONCE = 1 << 14
+"""Values whose sums are taken at once: few enough for the cache."""
 
 
 def difference(values: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float64]:
@@ -47,18 +51,19 @@ class Statistics:
     def of(values: NDArray[Any]) -> Statistics:
         """The statistics of an array that is not empty."""
         flat = values.reshape(-1)
-        if np.isnan(flat.min()):
-            flat = flat[~np.isnan(flat)]
-        positive = float(np.sum(flat, dtype=np.float64, where=flat > 0))
-        total = float(np.sum(flat, dtype=np.float64))
-        return Statistics(
-            count=flat.size,
-            sum=total,
-            sum_abs=2 * positive - total,
-            sum_squares=float(np.einsum("i,i->", flat, flat, dtype=np.float64)),
-            min=float(flat.min(initial=np.inf)),
-            max=float(flat.max(initial=-np.inf)),
-        )
+        found, buffer = Statistics(0, 0.0, 0.0, 0.0, math.inf, -math.inf), np.empty(AT_ONCE)
+        for start in range(0, flat.size, AT_ONCE):
+            part = flat[start : start + AT_ONCE]
+            low, high = float(part.min()), float(part.max())
+            if math.isnan(low):
+                part = part[~np.isnan(part)]
+                low, high = float(part.min(initial=np.inf)), float(part.max(initial=-np.inf))
+            exact = buffer[: part.size]
+            exact[...] = part
+            total, squares = float(exact.sum()), float(np.einsum("i,i->", exact, exact))
+            total_abs = float(np.abs(exact, out=exact).sum())
+            found += Statistics(part.size, total, total_abs, squares, low, high)
+        return found
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cdd_dask.engines import load_engine
+from cdd_dask.blocks import Grid
+from cdd_dask.engines import Diffusion, load_engine
 from cdd_dask.engines.cpu import library, thread_team
 from cdd_dask.engines.cpu.steppers import Axis, Fused, StepContext
 from cdd_dask.errors import InputError, MissingDependencyError
 from cdd_dask.identity import numeric_class
-from cdd_dask.kernels import smoothing_kernel
+from cdd_dask.kernels import IDENTITY, smoothing_kernel
+from cdd_dask.memory import TaskMemory
+from cdd_dask.parameters import Parameters
+from cdd_dask.pyramid import coarse_levels, padded_shape
+from cdd_dask.time_stepping import Steps
 
 HERE = Path(__file__).parent
+SMALL_OBJECTS = 500_000
+"""Bytes of tables and of Python's objects, which a plan's `TASK_OVERHEAD` holds."""
 THREADS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -114,3 +123,39 @@ def test_a_thread_that_cannot_start_stops_the_others(monkeypatch: pytest.MonkeyP
 def test_a_run_of_the_engine_before_is_not_gone_on_with():
     """What another arithmetic computed differs in last bits: its runs have another fingerprint."""
     assert numeric_class("cpu", "cpu") not in ("cpu on cpu", numeric_class("reference", "cpu"))
+
+
+SHAPES = ((70, 70, 70), (90, 13, 70), (30, 5000), (5, 20, 30, 50))
+
+
+@pytest.mark.parametrize("blanks", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_is_what_the_plan_says(shape: tuple[int, ...], threads: int, blanks: bool):
+    """Of every way to step, along all axes or one: never more than `TaskMemory.work`."""
+    engine = load_engine("cpu")
+    ndim, grid = len(shape), Grid(shape, shape)
+    footprint = engine.footprint(4, blanks, threads)
+    before = engine.limit_threads(threads)
+    try:
+        for boundary, sigma in itertools.product(("reflect", "nearest", "wrap"), (0.35, 1.39, 11.1)):
+            kernel = smoothing_kernel("discrete", sigma)
+            for axes in (range(ndim), [0], [max(0, ndim - 2)]):
+                kernels = tuple(kernel if axis in axes else IDENTITY for axis in range(ndim))
+                levels = coarse_levels(Parameters(), Steps(1, kernels))
+                padded = padded_shape(shape, shape, kernels, levels, boundary)
+                planned = TaskMemory(
+                    grid, shape, footprint, 4, 4, None, None, levels, padded, boundary == "wrap"
+                ).work
+                field = np.ones(shape, np.float32)
+                field.flat[:: 7 if blanks else field.size] = np.nan if blanks else 1
+                what = Diffusion(
+                    Steps(9, kernels), "constrained", ((boundary,) * 2,) * ndim, 0.0, levels
+                )
+                tracemalloc.start()
+                engine.diffuse(field, what)
+                taken = field.nbytes + tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                assert taken <= planned + SMALL_OBJECTS, (boundary, sigma, axes, taken, planned)
+    finally:
+        engine.limit_threads(before)

@@ -20,7 +20,6 @@ from cdd_dask.parameters import BOUNDARIES, KERNELS, Parameters
 from cdd_dask.pyramid import (
     SMALLEST_VARIANCE,
     chain_kernel,
-    coarse_cells,
     coarse_kernel,
     coarse_levels,
     computed_steps,
@@ -213,27 +212,6 @@ def test_halo_of_the_chain_bounds_its_error(engine: Engine, count: int):
         worst = np.abs(ends[1] - ends[0])[core].max()
         assert worst <= error_bound((steps,), (depth,)) + 1e-13
         assert depth <= steps.reach[0]
-
-
-def test_cells_are_counted(engine: Engine):
-    """No fewer than the engine makes: what it may take of memory is decided by this."""
-    from cdd_dask.engines.cpu.steppers import Axis, Pyramid, StepContext
-    from cdd_dask.engines.cpu.thread_team import ThreadTeam
-
-    for shape in ((64, 64, 64), (20, 300, 31), (7, 90), (400,)):
-        for rule in BOUNDARIES:
-            what = levelled(diffusion(len(shape), 11.1, 1, rule=rule))
-            axes = [
-                Axis(*values)
-                for values in zip(
-                    shape, what.steps.kernels, what.faces, what.levels, what.phase, strict=True
-                )
-            ]
-            double = np.dtype(np.float64)
-            axes = [Axis(1, IDENTITY, (CUT, CUT))] * (3 - len(axes)) + axes
-            made = Pyramid(axes, StepContext(double, double, 0.0, 1.0, ThreadTeam(1)))
-            margins = tuple(map(margin, what.steps.kernels, what.levels))
-            assert made.cells <= coarse_cells(shape, margins, what.levels)
 
 
 @pytest.mark.parametrize("sigma", [0.35, 1.39, 2.8, 6.0])

@@ -41,10 +41,6 @@ class Diffusion:
     bit does not depend on whether one lies in the same block."""
 
 
-COPY_ROWS, COPY_WIDTH = 16, 32
-"""See `Footprint.copy`; the same for every machine, so that blocks do not depend on it."""
-
-
 @dataclass(frozen=True)
 class Footprint:
     """Working memory of an engine, in bytes per voxel of the halo'd block."""
@@ -55,9 +51,16 @@ class Footprint:
     """On the device; 0 where the engine computes on the host."""
     line: int = 0
     """On the host, per voxel of the block's longest side alone."""
+    tiles: int = 0
+    """On the host, in all, where `line` comes to less."""
     copy: int = 0
-    """On the host, per voxel of a copy, which has `COPY_ROWS` more rows in every plane, and rows
-    that are a multiple of `COPY_WIDTH` long; and per cell of coarser grids."""
+    """On the host, per voxel of a copy, and per cell of coarser grids."""
+    lanes: int = 1
+    """Rows of the copy are a multiple of so many voxels long; of twice as many where there are
+    coarser grids."""
+    saved: int = 0
+    """Rows that the copy has besides in every plane, where there are no coarser grids; twice and
+    thrice as many where the field wraps around."""
 
     @property
     def per_voxel(self) -> int:
@@ -109,8 +112,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def footprint(self, itemsize: int, blanks: bool = False) -> Footprint:
-        """Working memory for a field of `itemsize` bytes per voxel, perhaps with `blanks`."""
+    def footprint(self, itemsize: int, blanks: bool = False, threads: int = 1) -> Footprint:
+        """Working memory for a field of `itemsize` bytes per voxel, perhaps with `blanks`.
+
+        `threads` are those that a block has.
+        """
 
     def free_device_memory(self) -> int | None:
         """Free bytes on the device; None where the engine computes on the host."""

@@ -41,7 +41,7 @@ class ReferenceEngine(Engine):
             field[blank] = np.nan
         return field
 
-    def footprint(self, itemsize: int, blanks: bool = False) -> Footprint:
+    def footprint(self, itemsize: int, blanks: bool = False, threads: int = 1) -> Footprint:
         # the field, its smoothed copy in float64, where it is blank, and two masks for the signs;
         # with blanks, what is left of the kernel; SciPy holds two lines in float64
         return Footprint(host=itemsize + 8 + 3 + (8 if blanks else 0), device=0, line=16)

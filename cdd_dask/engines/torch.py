@@ -58,7 +58,7 @@ class TorchEngine(Engine):
             result: NDArray[Any] = work.result().cpu().numpy()
             return result
 
-    def footprint(self, itemsize: int, blanks: bool = False) -> Footprint:
+    def footprint(self, itemsize: int, blanks: bool = False, threads: int = 1) -> Footprint:
         # the field, its smoothed copy, two differences, the extended copy (up to twice a
         # block), masks and what the allocator rounds up
         work = 7 * itemsize

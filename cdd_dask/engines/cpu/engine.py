@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from cdd_dask.engines.base import Diffusion, Engine, Footprint
 from cdd_dask.engines.cpu import library, thread_team
-from cdd_dask.engines.cpu.steppers import LARGEST_LINE, Axis, StepContext, stepper_of
+from cdd_dask.engines.cpu.steppers import (
+    CACHE,
+    LARGEST_LINE,
+    MOST_SAVED,
+    Axis,
+    StepContext,
+    stepper_of,
+)
 from cdd_dask.engines.cpu.thread_team import ThreadTeam
 from cdd_dask.kernels import IDENTITY
 
@@ -53,24 +60,36 @@ class CpuEngine(Engine):
             return field
         return _diffused(field, axes, diffusion)
 
-    def footprint(self, itemsize: int, blanks: bool = False) -> Footprint:
+    def footprint(self, itemsize: int, blanks: bool = False, threads: int = 1) -> Footprint:
         # the field and its copy, in float64 where there are blanks; then also what is left of the
         # kernel, and where they are
-        copy = 8 + 8 + 1 if blanks else itemsize
-        line = thread_team.threads * LARGEST_LINE * (8 if blanks else itemsize)
-        return Footprint(host=itemsize, device=0, line=line, copy=copy)
+        working = 8 if blanks else itemsize
+        return Footprint(
+            host=itemsize,
+            device=0,
+            line=threads * LARGEST_LINE * working,
+            tiles=threads * CACHE,
+            copy=working + 8 + 1 if blanks else working,
+            lanes=library.LINE // working,
+            saved=threads * MOST_SAVED,
+        )
 
     def limit_threads(self, count: int) -> int:
         return thread_team.limit_threads(count)
 
 
 def _merged(shape: tuple[int, ...], diffusion: Diffusion) -> list[Axis]:
-    """The axes, those merged that lie beside each other and are not smoothed along."""
+    """The axes; of more than three, those merged that lie side by side and are not smoothed along.
+
+    But for the last one: rows are short enough for the cache.
+    """
     ndim = len(shape)
     levels, phases = diffusion.levels or (0,) * ndim, diffusion.phase or (0,) * ndim
     axes: list[Axis] = []
-    for axis in map(Axis, shape, diffusion.steps.kernels, diffusion.faces, levels, phases):
-        if axes and axis.kernel.radius == axes[-1].kernel.radius == 0:
+    given = map(Axis, shape, diffusion.steps.kernels, diffusion.faces, levels, phases)
+    for place, axis in enumerate(given):
+        alone = axes and axis.kernel.radius == axes[-1].kernel.radius == 0
+        if alone and ndim > 3 and place < ndim - 1:
             axis = Axis(axes.pop().size * axis.size, IDENTITY, axis.rules)
         axes.append(axis)
     return axes

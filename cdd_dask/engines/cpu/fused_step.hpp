@@ -14,7 +14,7 @@
 //
 // Threads take one tile each, in turn, and go along z one after the other: what a tile needs of the
 // one before is saved when that one has come as far. So `depth` steps of all tiles are followed by
-// the next `depth`, without a pause.
+// the next `depth`, without a pause. One thread alone goes through the tiles in the same order.
 #pragma once
 #include <new>
 #include "smoothing.hpp"
@@ -24,12 +24,7 @@
 namespace cdd {
 
 constexpr Index LARGEST_DEPTH = 8;
-
-// How far a tile is: the number of its rounds, each a batch of planes and a step.
-struct Progress {
-    static constexpr Index ALL = std::numeric_limits<Index>::max();
-    Counter saved, smoothed;  // rounds; `smoothed` is ALL when the last values have moved, too
-};
+constexpr Index ALL = std::numeric_limits<Index>::max();
 
 template <class T> struct FusedSteps {
     T* field;              // striped, of nz planes of ny rows
@@ -47,7 +42,9 @@ template <class T> struct FusedSteps {
     bool wraps[2];       // whether planes, and rows, beyond one end are those of the other end
     T* scratch;          // `scratch_size()` values for each thread
     T* saved;            // `saved_size()` values
-    Progress* progress;  // of visits() * tiles(), all 0
+    // How far each of visits() * tiles() is, at first 0: the number of rounds, each a batch of planes
+    // and a step, that have smoothed and saved its rows; ALL when the last values have moved, too.
+    Counter* progress;
     Team* team;
 
     Index width() const { return ends.length * LANES<T>; }
@@ -57,7 +54,8 @@ template <class T> struct FusedSteps {
     Index plane_size() const { return rows * width() + BATCH * LANES<T>; }
     Index row_size() const { return (ends.length - 2 * ends.begin + 2 + BATCH) * LANES<T>; }
     Index scratch_size() const { return BATCH * row_size() + (BATCH + 1) * width() + depth * planes() * plane_size(); }
-    Index saved_slots() const { return team->size + 1; }
+    // With planes that wrap around, a tile saves some of the last of them at once.
+    Index saved_slots() const { return team->size + (wraps[0] ? 1 : 0); }
     Index slot_size() const { return nz * radius[1] * width(); }
     Index saved_size() const { return (saved_slots() * depth + (wraps[1] ? 1 : 0)) * slot_size(); }
     Index tiles() const { return (ny + (depth - 1) * skew + rows - 1) / rows; }
@@ -66,7 +64,7 @@ template <class T> struct FusedSteps {
     void run(Index thread) const;
     // Be ready to run again.
     void forget() const {
-        for (Index i = 0; i < visits() * tiles(); ++i) progress[i].saved.store(0), progress[i].smoothed.store(0);
+        for (Index i = 0; i < visits() * tiles(); ++i) progress[i].store(0);
     }
 };
 
@@ -92,26 +90,16 @@ public:
     }
     bool empty() const { return first >= last; }
 
-    // The planes that are smoothed when those from z on have moved.
-    Index wanted(Index z) const { return std::min(z + BATCH + steps.radius[0], steps.nz); }
-
-    // Keep the rows that the next tile needs, of the planes that are smoothed next.
-    void save(Index z) const {
-        const Index radius = steps.radius[1], size = radius * steps.width();
-        auto save_plane = [&](Index plane) {
-            if (last < steps.ny) std::copy_n(field(plane, last - radius), size, saved_row(saved, plane, 0));
-            if (steps.wraps[1] && first == 0)
-                std::copy_n(field(plane, 0), std::min(radius, steps.ny) * steps.width(), saved_row(saved_first, plane, 0));
-        };
-        if (next == 0 && steps.wraps[0])
-            for (Index i = 0; i < steps.radius[0]; ++i) save_plane(steps.z_from[i]);
-        for (Index plane = next; plane < wanted(z); ++plane) save_plane(plane);
-    }
+    // Smooth the planes that the batch at z is moved by, and keep what the next tile needs of them.
     void smooth_planes(Index z) {
         if (next == 0 && steps.wraps[0])
-            for (Index i = 0; i < steps.radius[0]; ++i) smooth_plane(steps.z_from[i], ring_plane(i - steps.radius[0]));
-        for (; next < wanted(z); ++next) {
+            for (Index i = 0; i < steps.radius[0]; ++i) {
+                smooth_plane(steps.z_from[i], ring_plane(i - steps.radius[0]));
+                save(steps.z_from[i]);
+            }
+        for (; next < std::min(z + BATCH + steps.radius[0], steps.nz); ++next) {
             smooth_plane(next, ring_plane(next));
+            save(next);
             if (steps.wraps[0] && next < steps.radius[0])
                 std::copy_n(ring_plane(next), steps.plane_size(), first_plane(next));
         }
@@ -143,6 +131,12 @@ public:
     }
 
 private:
+    void save(Index z) const {
+        const Index radius = steps.radius[1], size = radius * steps.width();
+        if (last < steps.ny) std::copy_n(field(z, last - radius), size, saved_row(saved, z, 0));
+        if (steps.wraps[1] && first == 0)
+            std::copy_n(field(z, 0), std::min(radius, steps.ny) * steps.width(), saved_row(saved_first, z, 0));
+    }
     T* slot(Index number) const {
         return steps.saved + (number % steps.saved_slots() * steps.depth + step) * steps.slot_size();
     }
@@ -152,7 +146,7 @@ private:
     const T* row(Index z, Index y) const {
         const Index from = steps.y_from[y + steps.radius[1]];
         if (from < 0) return outside;
-        if (y >= steps.ny && steps.wraps[1]) return saved_row(saved_first, z, from);
+        if (y >= steps.ny && steps.wraps[1] && first > 0) return saved_row(saved_first, z, from);
         if (from >= first || y < 0) return field(z, from);
         return saved_row(saved_before, z, from - first + steps.radius[1]);
     }
@@ -195,40 +189,32 @@ template <class T> void FusedSteps<T>::run(Index thread) const {
     const Index lag = (radius[0] + BATCH - 1) / BATCH, batches = (nz + BATCH - 1) / BATCH;
     for (Index number = thread; number < visits() * tiles(); number += team->size) {
         const Index visit = number / tiles(), tile = number % tiles();
-        Progress &mine = progress[number], *before = number ? &progress[number - 1] : nullptr;
+        Counter &mine = progress[number], &before = progress[std::max(number, Index(1)) - 1];
         auto reached = [&](const Counter& counter, Index round) {
             return team->wait([&] { return counter.load(std::memory_order_acquire) > round; });
         };
         if (visit > 0) {  // the rows that this tile reads must have taken all steps of the visit before
             const Index reach = wraps[0] || wraps[1] ? ny : std::min(ny, (tile + 1) * rows + radius[1]);
             const Index last = std::min(tiles() - 1, (reach + (depth - 1) * skew + rows - 1) / rows - 1);
-            if (!reached(progress[(visit - 1) * tiles() + last].smoothed, Progress::ALL - 1)) return;
+            if (!reached(progress[(visit - 1) * tiles() + last], ALL - 1)) return;
         }
         const Index taken = std::min(depth, count - visit * depth);
         alignas(TileStep<T>) char room[LARGEST_DEPTH * sizeof(TileStep<T>)];
         TileStep<T>* const steps = reinterpret_cast<TileStep<T>*>(room);
         for (Index step = 0; step < taken; ++step) new (steps + step) TileStep<T>(*this, own, tile, number, step);
-        Index round = 0;
         for (Index front = 0; front < batches + (taken - 1) * lag; ++front)
-            for (Index step = 0; step < taken; ++step, ++round) {
-                const Index z = (front - step * lag) * BATCH;
+            for (Index step = 0; step < taken; ++step) {
+                const Index z = (front - step * lag) * BATCH, round = front * depth + step;
+                // The tile before has then saved what this one needs, read what this one moves or
+                // saves anew, and taken the steps before with rows that this one reads.
+                if (number > 0 && !reached(before, round)) return;
                 const bool works = z >= 0 && z < nz && !steps[step].empty();
-                // Rows that have taken some steps of this visit did so in the tile before, too.
-                if (works && step > 0 && tile > 0 && !reached(before->saved, round)) return;
-                if (works) steps[step].save(z);
-                mine.saved.store(round + 1, std::memory_order_release);
-                if (works) {
-                    if (tile > 0 && !reached(before->saved, round)) return;
-                    steps[step].smooth_planes(z);
-                }
-                mine.smoothed.store(round + 1, std::memory_order_release);
-                if (works) {
-                    if (tile > 0 && !reached(before->smoothed, round)) return;
-                    steps[step].move(z);
-                }
+                if (works) steps[step].smooth_planes(z);
+                mine.store(round + 1, std::memory_order_release);
+                if (works) steps[step].move(z);
             }
-        if (before && !reached(before->smoothed, Progress::ALL - 1)) return;
-        mine.smoothed.store(Progress::ALL, std::memory_order_release);
+        if (number > 0 && !reached(before, ALL - 1)) return;
+        mine.store(ALL, std::memory_order_release);
     }
 }
 

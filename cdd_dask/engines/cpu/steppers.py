@@ -188,7 +188,7 @@ class _Striped(Stepper):
         sizes = [function(f"fused_{name}", working)(at) for name in ("scratch", "saved", "tiles")]
         record.set("scratch", aligned(threads * sizes[0], working))
         record.set("saved", aligned(sizes[1], working))
-        record.set("progress", np.zeros(2 * sizes[2], np.int64))
+        record.set("progress", np.zeros(sizes[2], np.int64))
         return record
 
     def taps(self, kernel: Kernel) -> NDArray[Any]:
