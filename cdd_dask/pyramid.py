@@ -179,7 +179,7 @@ def padded_shape(
 def _padded(size: int, whole: int, kernel: Kernel, level: int, boundary: str) -> int:
     if level == 0:
         return size
-    cell = 2**level
+    cell = 1 << level
     ends_with_cell = whole % cell == 0
     low = not can_extend_cells(boundary, ends_with_cell or boundary != "wrap")
     high = not can_extend_cells(boundary, ends_with_cell)

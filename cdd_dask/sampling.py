@@ -310,7 +310,9 @@ class _Recomputation:
         steps, reads_source = self.steps[k], self.starts_from_source(k)
 
         def in_cells(shape: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(n * (steps.refinement if i in steps.axes else 1) for i, n in enumerate(shape))
+            return tuple(
+                n * (steps.refinement if i in steps.axes else 1) for i, n in enumerate(shape)
+            )
 
         cells, itemsize, boundary = in_cells(haloed), parameters.itemsize, parameters.boundary
         memory = TaskMemory(

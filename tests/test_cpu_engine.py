@@ -138,7 +138,9 @@ def test_memory_is_what_the_plan_says(shape: tuple[int, ...], threads: int, blan
     footprint = engine.footprint(4, blanks, threads)
     before = engine.limit_threads(threads)
     try:
-        for boundary, sigma in itertools.product(("reflect", "nearest", "wrap"), (0.35, 1.39, 11.1)):
+        for boundary, sigma in itertools.product(
+            ("reflect", "nearest", "wrap"), (0.35, 1.39, 11.1)
+        ):
             kernel = smoothing_kernel("discrete", sigma)
             for axes in (range(ndim), [0], [max(0, ndim - 2)]):
                 kernels = tuple(kernel if axis in axes else IDENTITY for axis in range(ndim))

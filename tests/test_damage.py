@@ -478,7 +478,9 @@ def test_what_is_checked_can_be_sent(made: Path):
 def test_a_block_is_compared_once(made: Path, monkeypatch: pytest.MonkeyPatch):
     """And alone: it takes the memory of a whole block."""
     compared, original = [], images.checksum
-    monkeypatch.setattr(images, "checksum", lambda one, like: compared.append(one) or original(one, like))
+    monkeypatch.setattr(
+        images, "checksum", lambda one, like: compared.append(one) or original(one, like)
+    )
     channel = cdd_dask.open_decomposition(made, checked=True).channels[0]
     for _ in range(2):
         channel[20:40, 3]

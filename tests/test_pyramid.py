@@ -23,7 +23,6 @@ from cdd_dask.pyramid import (
     coarse_kernel,
     coarse_levels,
     computed_steps,
-    margin,
     pyramid_level,
 )
 from cdd_dask.time_stepping import Steps, channel_steps
