@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import Any
 
@@ -96,12 +95,13 @@ def _merged(shape: tuple[int, ...], diffusion: Diffusion) -> list[Axis]:
 
 
 def _diffused(field: NDArray[Any], axes: list[Axis], diffusion: Diffusion) -> NDArray[Any]:
-    survey = library.structures(np.float64).Survey()
-    address = library.address(field, field.dtype, math.prod(axis.size for axis in axes))
-    library.function("survey", field.dtype)(address, field.size, ctypes.byref(survey))
-    blanks = diffusion.as_if_blank or bool(survey.blank)
+    library.check(field, field.dtype, math.prod(axis.size for axis in axes))
+    least, most = field.min(), field.max()
+    blanks = diffusion.as_if_blank or bool(np.isnan(least))
+    if np.isnan(least):
+        least, most = (rule.reduce(field, axis=None) for rule in (np.fmin, np.fmax))
     working = np.dtype(np.float64) if blanks else field.dtype
-    largest = max(-survey.least, survey.most, abs(diffusion.cval))
+    largest = max(-least, most, abs(diffusion.cval))
     # a power of two that keeps the sum of two values from overflowing; nearly always 1
     scale = 1.0 if not largest >= np.finfo(field.dtype).max / 4 else 0.125
     with ThreadTeam(field.size) as team:

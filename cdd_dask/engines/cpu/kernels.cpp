@@ -5,7 +5,6 @@
 #include "fused_step.hpp"
 #include "grid_transfer.hpp"
 #include "separable_step.hpp"
-#include "survey.hpp"
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -17,9 +16,6 @@ using namespace cdd;
 
 #define OF_ONE_TYPE(SUFFIX, T)                                                                              \
     EXPORT Index cdd_lanes_##SUFFIX() { return LANES<T>; }                                                  \
-    EXPORT void cdd_survey_##SUFFIX(const T* values, Index count, Survey* result) {                         \
-        *result = survey(values, count);                                                                    \
-    }                                                                                                       \
     EXPORT Index cdd_fused_scratch_##SUFFIX(const FusedSteps<T>* steps) { return steps->scratch_size(); }   \
     EXPORT Index cdd_fused_saved_##SUFFIX(const FusedSteps<T>* steps) { return steps->saved_size(); }       \
     EXPORT Index cdd_fused_tiles_##SUFFIX(const FusedSteps<T>* steps) {                                     \

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,6 @@ CONSTRAINTS = {"unconstrained": 0, "constrained": 1, "inverted": 2}
 _INTEGER, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS: dict[str, list[Any]] = {
     "lanes": [],
-    "survey": [_ADDRESS, _INTEGER, _ADDRESS],
     **{
         name: [_ADDRESS]
         for name in ("fused_scratch", "fused_saved", "fused_tiles", "pyramid_scratch")
@@ -47,7 +46,6 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 
 _STRUCTURES = {
-    "Survey": "least:double most:double blank:int",
     "Team": "size:int abandoned:int arrived:int passed:int",
     "Rows": "field:at copy:at count:int size:int length:int first:int scale:double mask:bool "
     "scratch:at",
@@ -110,20 +108,14 @@ def instruction_set() -> str:
     return asked or names[0]
 
 
-@lru_cache(maxsize=len(INSTRUCTION_SETS))
-def _loaded(name: str) -> ctypes.CDLL:
-    return ctypes.CDLL(str(_present()[name]))
-
-
 @cache
 def function(name: str, *types: Any) -> Any:
     """A compiled function for a field's type and that of what is computed from it.
 
     Calls take integers and addresses, and release Python's lock.
     """
-    result = getattr(
-        _loaded(instruction_set()), f"cdd_{name}_{''.join(np.dtype(t).char for t in types)}"
-    )
+    library = ctypes.CDLL(str(_present()[instruction_set()]))
+    result = getattr(library, f"cdd_{name}_{''.join(np.dtype(t).char for t in types)}")
     result.argtypes, result.restype = _ARGUMENTS[name], ctypes.c_int64
     return result
 
@@ -141,20 +133,13 @@ def aligned(shape: int | tuple[int, ...], dtype: Any) -> NDArray[Any]:
     return array[start : start + size].reshape(shape)
 
 
-def address(array: NDArray[Any], dtype: Any, size: int) -> int:
-    """Where an array's values begin, after a look at what compiled code cannot check.
-
-    Raises
-    ------
-    ValueError
-        If the array is of another type, not contiguous, or of another size than ``size`` values.
-    """
+def check(array: NDArray[Any], dtype: Any, size: int) -> None:
+    """Raise `ValueError` where an array is not what compiled code takes it for."""
     if array.dtype != dtype or not array.flags.c_contiguous or array.size != size:
         raise ValueError(
             f"array: {array.dtype} of shape {array.shape} and strides {array.strides}, where "
             f"{size} contiguous values of {np.dtype(dtype)} are needed"
         )
-    return int(array.ctypes.data)
 
 
 def integers(values: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:

@@ -15,8 +15,8 @@ from cdd_dask.boundaries import CUT, extension_index
 from cdd_dask.engines.cpu.library import (
     CONSTRAINTS,
     Record,
-    address,
     aligned,
+    check,
     function,
     integers,
     lanes,
@@ -67,18 +67,7 @@ class StepContext:
     team: ThreadTeam
 
 
-class Stepper(ABC):
-    """Takes steps of one block."""
-
-    @abstractmethod
-    def run(self, field: NDArray[Any], blanks: bool, constraint: str, count: int) -> NDArray[Any]:
-        """The `field` after `count` steps; it is overwritten.
-
-        With `blanks` voxels that are NaN take no part.
-        """
-
-
-def stepper_of(axes: list[Axis], context: StepContext) -> Stepper:
+def stepper_of(axes: list[Axis], context: StepContext) -> _Striped | Separable:
     """What smooths these axes best."""
     three = [Axis(1, IDENTITY, (CUT, CUT))] * (3 - len(axes)) + axes
     if len(axes) <= 3 and any(axis.level for axis in axes):
@@ -93,24 +82,14 @@ def _weights(kernel: Kernel, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.array(kernel.wings, np.float64).astype(dtype)
 
 
-def _beyond(axis: Axis, before: int, after: int) -> NDArray[np.intp]:
-    """Where the `before` values before an axis and the `after` values behind it come from."""
-    low, high = axis.rules
-    return np.concatenate(
-        [
-            extension_index(low, axis.size, -before, 0),
-            extension_index(high, axis.size, axis.size, axis.size + after),
-        ]
-    )
-
-
 def _extended(axis: Axis, before: int, after: int) -> NDArray[np.intp]:
-    """The same for all values at ``-before … n + after - 1``."""
-    beyond = _beyond(axis, before, after)
-    return np.concatenate([beyond[:before], np.arange(axis.size), beyond[before:]])
+    """Where the values of an axis at ``-before … n + after - 1`` come from."""
+    places = extension_index(axis.rules[1], axis.size, -before, axis.size + after)
+    places[:before] = extension_index(axis.rules[0], axis.size, -before, 0)
+    return places
 
 
-class _Striped(Stepper):
+class _Striped(ABC):
     """Diffuses a striped copy of the field (see ``striped.hpp``)."""
 
     shape: tuple[int, int, int]
@@ -128,6 +107,10 @@ class _Striped(Stepper):
         """Take `count` steps of the striped `copy`; `cval` lies beyond ``constant`` faces."""
 
     def run(self, field: NDArray[Any], blanks: bool, constraint: str, count: int) -> NDArray[Any]:
+        """The `field` after `count` steps; it is overwritten.
+
+        With `blanks` voxels that are NaN take no part.
+        """
         context, rows = self.context, self.shape[0] * self.shape[1]
         width = self.length * lanes(context.working)
         kinds = (context.field, context.working)
@@ -203,10 +186,10 @@ class _Striped(Stepper):
         self, axis: Axis, length: int, first: int, radius: int, cval: float, after: int = 0
     ) -> Record:
         """What lies beyond a row: ``first + radius`` places before, ``after + radius`` behind."""
-        beyond = _beyond(axis, first + radius, after + radius)
-        last, vector = first + axis.size, lanes(self.context.working)
-        end = last + after + radius
-        places = np.concatenate([np.arange(-radius, first), np.arange(last, end)])
+        vector, last = lanes(self.context.working), first + axis.size
+        end, its_own = last + after + radius, slice(first + radius, last + radius)
+        places = np.delete(np.arange(-radius, end), its_own)
+        beyond = np.delete(_extended(axis, first + radius, after + radius), its_own)
 
         def striped(place: NDArray[np.intp]) -> NDArray[np.int64]:
             return integers(place % length * vector + place // length)
@@ -253,12 +236,6 @@ class Pyramid(_Striped):
             length = self._lengths[-1]
             self._lengths.append(-(-length // 2) if axes[2].level > level else length)
         self.length = self._lengths[0]
-
-    @property
-    def cells(self) -> int:
-        """Cells that it holds."""
-        counts = [math.prod(shape) for shape in self._shapes[1:]]
-        return sum(counts) + counts[0]
 
     def _rows(self, level: int) -> NDArray[Any]:
         nz, ny, _ = self._shapes[level]
@@ -354,11 +331,10 @@ class _Way:
 
     def coarsest(self) -> Axis:
         """The axis as its small kernel sees it."""
-        axis = self.axis
-        if axis.level == 0:
-            return Axis(axis.size, axis.kernel, axis.rules)
-        kernel = coarse_kernel(axis.kernel, axis.level)
-        return Axis(self.size(axis.level), kernel, (self.rule, self.rule))
+        if self.level == 0:
+            return self.axis
+        kernel = coarse_kernel(self.axis.kernel, self.level)
+        return Axis(self.size(self.level), kernel, (self.rule, self.rule))
 
     def down(self, level: int) -> NDArray[np.intp]:
         """Where the values come from of which the cells of ``level + 1`` are made.
@@ -383,7 +359,7 @@ class _Way:
         return near, cells[near + 2 * (place % 2)]
 
 
-class Separable(Stepper):
+class Separable:
     """One axis after the other; any number of them, any radius."""
 
     def __init__(self, axes: list[Axis], context: StepContext) -> None:
@@ -393,16 +369,16 @@ class Separable(Stepper):
         self._smooth = aligned(self._shape, context.working)
 
     def run(self, field: NDArray[Any], blanks: bool, constraint: str, count: int) -> NDArray[Any]:
-        context = self._context
-        share = None
+        """As `_Striped.run`."""
+        context, share = self._context, None
+        kinds = (context.field, context.working)
         if blanks:
             blank = np.isnan(field).reshape(self._shape)
             self._smooth_all((~blank).astype(context.field), 1.0)
             share = self._smooth.copy()
             share[blank] = np.inf
             field.reshape(self._shape)[blank] = 0.0
-        if context.scale != 1:
-            field *= context.scale
+        field *= context.scale
         move = structures(context.field).MovePlain(
             field=field, smooth=self._smooth, constraint=CONSTRAINTS[constraint], count=field.size
         )
@@ -410,34 +386,23 @@ class Separable(Stepper):
             move.set("share", share)
         for _ in range(count):
             self._smooth_all(field, context.cval * context.scale)
-            self._share("move", move)
-        if context.scale != 1:
-            field /= context.scale
+            context.team.call(function("move", *kinds), move, context.team.size)
+        field /= context.scale
         if blanks:
             field.reshape(self._shape)[blank] = np.nan
         return field
 
-    def _share(self, name: str, record: Record, *kinds: Any) -> None:
-        """Have every thread do its part."""
-        team = self._context.team
-        team.call(function(name, *(kinds or self._kinds)), record, team.size)
-
-    @property
-    def _kinds(self) -> tuple[Any, Any]:
-        return self._context.field, self._context.working
-
     def _smooth_all(self, field: NDArray[Any], cval: float) -> None:
-        source, working = field, self._context.working
+        source, working, team = field, self._context.working, self._context.team
         for i, axis in self._axes:
             radius, inner = axis.kernel.radius, math.prod(self._shape[i + 1 :])
-            threads = self._context.team.size
             record = structures(source.dtype).SmoothAxis(
                 field=source, out=self._smooth, n=axis.size, inner=inner, radius=radius,
                 weights=_weights(axis.kernel, working), outside=cval,
-                scratch=aligned(threads * (axis.size + 2 * radius) * WIDTH, source.dtype),
-                sums=aligned(threads * CHUNK, working), lines=source.size // axis.size,
+                scratch=aligned(team.size * (axis.size + 2 * radius) * WIDTH, source.dtype),
+                sums=aligned(team.size * CHUNK, working), lines=source.size // axis.size,
                 **{"from": integers(_extended(axis, radius, radius))},
             )  # fmt: skip
-            address(source, source.dtype, self._smooth.size)
-            self._share("smooth_axis", record, source.dtype, working)
+            check(source, source.dtype, self._smooth.size)
+            team.call(function("smooth_axis", source.dtype, working), record, team.size)
             source = self._smooth
