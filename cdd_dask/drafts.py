@@ -218,7 +218,7 @@ class Draft:
         return max(
             voxel_task_bytes(grid, regime.levels, itemsize, masked),
             cell_task_bytes(
-                cell_block(regime), evolve_values(regime), itemsize, footprint.per_voxel
+                cell_block(regime), evolve_values(regime), itemsize, footprint.host + footprint.copy
             ),
         )
 
@@ -345,7 +345,7 @@ class Draft:
         resources, on_device = self.resources, self.resources.device_memory
         allowed = share * resources.memory / resources.tasks_per_budget
         footprint = resources.blank_footprint
-        per_cell = max(footprint.per_voxel, 3 * self.parameters.itemsize)
+        per_cell = max(footprint.host + footprint.copy, 3 * self.parameters.itemsize)
         for tile in self._candidates(SMALLEST_TILE, self.blank_depths[0]):
             cells = math.prod(self.cells(tile, 0))
             if cells * per_cell <= allowed and (

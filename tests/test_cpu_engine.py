@@ -64,6 +64,21 @@ def test_the_widest_instruction_set_is_chosen(monkeypatch: pytest.MonkeyPatch):
     assert library.available()[-1] in ("portable", "neon")
 
 
+def test_people_are_told_which_one_runs(tmp_path: Path):
+    """In the first lines of a plan and by `doctor`."""
+    name = library.available()[-1]
+    np.save(tmp_path / "field.npy", np.ones((8, 8, 8), np.float32))
+    for command in ("plan", "doctor"):
+        done = subprocess.run(
+            [sys.executable, "-m", "cdd_dask", command, "field.npy", "--engine", "cpu"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, library.VARIABLE: name},
+        )
+        assert f"cpu ({name}) on cpu" in done.stdout, done.stderr
+
+
 def test_another_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
     """The message names the variable, its value, and what there is."""
     monkeypatch.setenv(library.VARIABLE, "mmx")

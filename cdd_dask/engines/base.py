@@ -59,13 +59,8 @@ class Footprint:
     """Rows of the copy are a multiple of so many voxels long; of twice as many where there are
     coarser grids."""
     saved: int = 0
-    """Rows that the copy has besides in every plane, where there are no coarser grids; twice and
-    thrice as many where the field wraps around."""
-
-    @property
-    def per_voxel(self) -> int:
-        """On the host, but for what does not grow with the number of voxels."""
-        return self.host + self.copy
+    """Rows that the copy has besides in every plane, where there are no coarser grids; three times
+    as many where the field wraps around."""
 
 
 class Engine(ABC):
