@@ -215,6 +215,7 @@ def pieces(start: int, stop: int, size: int, unit: int) -> list[tuple[slice, sli
     return result
 
 
+@lru_cache(maxsize=1024)
 def storage_chunks(grid: Grid) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape of a shard and of the inner chunks for arrays written block by block.
 

@@ -98,14 +98,18 @@ class Draft:
     """The same for blocks that hold blank voxels."""
     tile: tuple[int, ...]
     """What is refined at once, in voxels, where blocks are larger."""
-    chosen: dict[Grid, tuple[Regime, ...]] = field(default_factory=dict, compare=False)
+    chosen: dict[Grid, tuple[Regime, ...]] = field(default_factory=dict, init=False, compare=False)
     """The regimes chosen for a grid, as far as it was looked at."""
+    memories: dict[tuple[Grid, int, Regime], TaskMemory] = field(
+        default_factory=dict, init=False, compare=False
+    )
+    """What tasks take, as far as it was looked at."""
     blank_tiles: dict[tuple[Grid, int, Regime], tuple[int, ...]] = field(
-        default_factory=dict, compare=False
+        default_factory=dict, init=False, compare=False
     )
     """What is computed at once of blocks with blank voxels, as far as it was looked at."""
     splits: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = field(
-        default_factory=dict, compare=False
+        default_factory=dict, init=False, compare=False
     )
     """Halos of a channel in so many passes, as far as they were looked at."""
 
@@ -247,6 +251,11 @@ class Draft:
 
     def task_memory(self, grid: Grid, k: int, regime: Regime) -> TaskMemory:
         """What decides the bytes that a task of channel `k` holds at its peak."""
+        if (grid, k, regime) not in self.memories:
+            self.memories[grid, k, regime] = self._task_memory(grid, k, regime)
+        return self.memories[grid, k, regime]
+
+    def _task_memory(self, grid: Grid, k: int, regime: Regime) -> TaskMemory:
         depth, boundary, from_source = regime.depth, self.parameters.boundary, k == 0
         refined = self.steps[k].refinement > 1
         whole = len(grid) == 1 or refined or self.volume.as_if_blank(self.parameters)
@@ -264,6 +273,7 @@ class Draft:
             cells=cells,
             levels=regime.levels,
             padded=self.padded(k, cells or haloed, regime.levels),
+            radius=max(kernel.radius for kernel in self.steps[k].kernels),
             wraps=boundary == "wrap",
             channels=self.refined if refined else 1,
         )

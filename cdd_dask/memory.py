@@ -6,10 +6,11 @@ import contextlib
 import ctypes
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from cdd_dask.blocks import Grid, storage_chunks
-from cdd_dask.engines.base import Footprint
+from cdd_dask.engines.base import LARGEST_RADIUS, SAVED_ROWS, Footprint
 from cdd_dask.errors import InputError
 from cdd_dask.pyramid import coarse_cells
 
@@ -136,6 +137,8 @@ class TaskMemory:
     """How often the grid is halved to smooth the block."""
     padded: tuple[int, ...] = ()
     """Shape of what coarser grids are made of, see `pyramid.padded_shape`; unused without them."""
+    radius: int = 0
+    """Largest radius of a step's kernels, in voxels."""
     wraps: bool = False
     """Whether a side of the block may be the volume's, which wraps around."""
     channels: int = 1
@@ -143,7 +146,7 @@ class TaskMemory:
     cores: int = 1
     """Cores held besides what is read and diffused."""
 
-    @property
+    @cached_property
     def host(self) -> int:
         """Bytes on the host.
 
@@ -186,12 +189,14 @@ class TaskMemory:
         copied = math.prod(shape[:-1]) * longer
         if any(self.levels):
             copied += coarse_cells(self.padded, self.levels) * longer // row
-        elif len(shape) > 1:
+        elif len(shape) > 1 and self.radius <= LARGEST_RADIUS:
             # axes that are left alone may be joined where there are more than three
             rows = shape[-2] if len(shape) <= 3 else min(shape[:-1])
-            copied += copied // rows * footprint.saved * (3 if self.wraps else 1)
-        tiles = max(max(shape) * footprint.line, footprint.tiles)
-        return math.prod(shape) * footprint.host + copied * footprint.copy + tiles
+            saved = footprint.threads * max(SAVED_ROWS, self.radius)
+            copied += copied // rows * saved * (3 if self.wraps else 1)
+        least, lines = longer * footprint.row, max(shape) * footprint.line
+        tiles = max(least, min(3 * least, footprint.tiles))
+        return math.prod(shape) * footprint.host + copied * footprint.copy + max(tiles, lines)
 
     @property
     def device(self) -> int:

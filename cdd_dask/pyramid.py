@@ -171,6 +171,8 @@ def padded_shape(
     The block's voxels, and voxels beyond its faces where these need some, see `can_extend_cells`;
     whole cells in all.
     """
+    if not any(levels):
+        return shape
     return tuple(
         _padded(*axis, boundary) for axis in zip(shape, volume, kernels, levels, strict=True)
     )

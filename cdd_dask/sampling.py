@@ -331,6 +331,7 @@ class _Recomputation:
             replace(
                 memory,
                 levels=self.levels[k],
+                radius=max(kernel.radius for kernel in self.steps[k].kernels),
                 padded=padded_shape(cells, whole, self.steps[k].kernels, self.levels[k], boundary),
             ).host
             for k in channels

@@ -162,7 +162,16 @@ def test_memory_is_what_the_plan_says(shape: tuple[int, ...], threads: int, blan
                 levels = coarse_levels(Parameters(), Steps(1, kernels))
                 padded = padded_shape(shape, shape, kernels, levels, boundary)
                 planned = TaskMemory(
-                    grid, shape, footprint, 4, 4, None, None, levels, padded, boundary == "wrap"
+                    grid=grid,
+                    haloed=shape,
+                    footprint=footprint,
+                    itemsize=4,
+                    source_itemsize=4,
+                    source_chunk=None,
+                    levels=levels,
+                    padded=padded,
+                    radius=kernel.radius,
+                    wraps=boundary == "wrap",
                 ).work
                 field = np.ones(shape, np.float32)
                 field.flat[:: 7 if blanks else field.size] = np.nan if blanks else 1

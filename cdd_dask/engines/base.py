@@ -41,6 +41,10 @@ class Diffusion:
     bit does not depend on whether one lies in the same block."""
 
 
+SAVED_ROWS, LARGEST_RADIUS = 6, 16
+"""See `Footprint.threads`."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Working memory of an engine, in bytes per voxel of the halo'd block."""
@@ -51,16 +55,19 @@ class Footprint:
     """On the device; 0 where the engine computes on the host."""
     line: int = 0
     """On the host, per voxel of the block's longest side alone."""
+    row: int = 0
+    """On the host, per voxel of a row alone."""
     tiles: int = 0
-    """On the host, in all, where `line` comes to less."""
+    """On the host, in all, where `row` comes to less, but no more than three times that."""
     copy: int = 0
     """On the host, per voxel of a copy, and per cell of coarser grids."""
     lanes: int = 1
     """Rows of the copy are a multiple of so many voxels long; of twice as many where there are
     coarser grids."""
-    saved: int = 0
-    """Rows that the copy has besides in every plane, where there are no coarser grids; three times
-    as many where the field wraps around."""
+    threads: int = 0
+    """Of a block; each saves `SAVED_ROWS` rows of every plane of the copy, or as many as the kernel's
+    radius if that is more, and thrice as many where the field wraps around; none where there are
+    coarser grids or the radius is above `LARGEST_RADIUS`."""
 
 
 class Engine(ABC):

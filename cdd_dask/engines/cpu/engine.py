@@ -12,8 +12,8 @@ from cdd_dask.engines.base import Diffusion, Engine, Footprint
 from cdd_dask.engines.cpu import library, thread_team
 from cdd_dask.engines.cpu.steppers import (
     CACHE,
-    LARGEST_LINE,
-    MOST_SAVED,
+    LARGEST_ROW,
+    WIDTH,
     Axis,
     StepContext,
     stepper_of,
@@ -66,11 +66,12 @@ class CpuEngine(Engine):
         return Footprint(
             host=itemsize,
             device=0,
-            line=threads * LARGEST_LINE * working,
+            line=2 * threads * WIDTH * working,
+            row=threads * LARGEST_ROW * working,
             tiles=threads * CACHE,
             copy=working + 8 + 1 if blanks else working,
             lanes=library.LINE // working,
-            saved=threads * MOST_SAVED,
+            threads=threads,
         )
 
     def limit_threads(self, count: int) -> int:

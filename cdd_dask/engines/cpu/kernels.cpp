@@ -5,6 +5,9 @@
 #include "fused_step.hpp"
 #include "grid_transfer.hpp"
 #include "separable_step.hpp"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -45,15 +48,19 @@ OF_TWO_TYPES(ff, float, float)
 OF_TWO_TYPES(fd, float, double)
 OF_TWO_TYPES(dd, double, double)
 
-// Whether this processor runs code for the instruction set of that name.
+// Whether this processor runs code for the instruction set of that name. (Not all compilers come with
+// what __builtin_cpu_supports asks.)
 EXPORT Index cdd_runs(const char* name) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
+    unsigned a, b, c = 0, d, basic, extended = 0, kept = 0;
+    __get_cpuid(1, &a, &b, &c, &d);
+    basic = c;
+    if (basic >> 27 & 1) __asm__("xgetbv" : "=a"(kept), "=d"(d) : "c"(0));  // registers that the system keeps
+    __get_cpuid_count(7, 0, &a, &extended, &c, &d);
     auto is = [&](const char* other) { return __builtin_strcmp(name, other) == 0; };
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (is("avx512"))
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    auto has = [](unsigned bits, unsigned all) { return (bits & all) == all; };
+    const bool avx2 = has(kept, 0x6) && has(basic, 1u << 12) && has(extended, 1u << 5);  // and FMA
+    if (is("avx512")) return avx2 && has(kept, 0xe6) && has(extended, 0xc0030000);       // F, DQ, BW, VL
     if (is("avx2")) return avx2;
 #endif
     return name[0] != 'a';  // "portable" and "neon" are what this file was compiled for

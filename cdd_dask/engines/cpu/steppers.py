@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask.boundaries import CUT, extension_index
+from cdd_dask.engines.base import LARGEST_RADIUS, SAVED_ROWS
 from cdd_dask.engines.cpu.library import (
     CONSTRAINTS,
     Record,
@@ -28,18 +29,14 @@ from cdd_dask.pyramid import can_extend_cells, coarse_kernel, margin
 
 BATCH = 4
 """Rows, or planes, that compiled code smooths at once."""
-LARGEST_RADIUS = 16
-"""Largest radius of kernels that all axes are smoothed with in one visit."""
 MOST_ROWS = 32
 """Rows of a tile, at most."""
 CACHE = 1_200_000
 """Bytes that a tile's planes may take in all steps of a visit, to stay in the cache."""
-MOST_SAVED = 16
-"""Rows of a plane that a tile saves in all steps of a visit, at most."""
 WIDTH, CHUNK = 64, 512
 """Lines smoothed together and values summed at once, as in ``separable_step.hpp``."""
-LARGEST_LINE = (2 * LARGEST_RADIUS + BATCH) * LARGEST_RADIUS + 4 * BATCH
-"""Values of working memory, for a thread and a voxel of the longest side, at most."""
+LARGEST_ROW = (2 * LARGEST_RADIUS + BATCH) * LARGEST_RADIUS + 4 * BATCH
+"""Values of the smallest tiles, for a thread and a voxel of a row, at most."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +155,8 @@ class _Striped(ABC):
         threads = self.context.team.size
         most = min(MOST_ROWS, CACHE // row, -(-ny // (2 * threads)) if threads > 1 else MOST_ROWS)
         rows = max(1, most // skew) * skew
-        depth = 1 if any(wraps) else min(MOST_SAVED // skew, CACHE // (row * rows), count)
-        depth = max(1, depth)
+        depth = 1 if any(wraps) else SAVED_ROWS // max(1, radii[1])
+        depth = max(1, min(depth, CACHE // (row * rows), count))
         record: Record = types.FusedSteps(
             nz=nz, ny=ny, ends=self.ends(axes[2], length, first, radii[2], cval),
             z_from=integers(_extended(axes[0], radii[0], radii[0])),
