@@ -62,12 +62,11 @@ class Footprint:
     copy: int = 0
     """On the host, per voxel of a copy, and per cell of coarser grids."""
     lanes: int = 1
-    """Rows of the copy are a multiple of so many voxels long; of twice as many where there are
-    coarser grids."""
+    """Rows of the copy are a multiple of so many voxels, of twice as many with coarser grids."""
     threads: int = 0
-    """Of a block; each saves `SAVED_ROWS` rows of every plane of the copy, or as many as the kernel's
-    radius if that is more, and thrice as many where the field wraps around; none where there are
-    coarser grids or the radius is above `LARGEST_RADIUS`."""
+    """Of a block. Each saves rows of every plane of the copy, `SAVED_ROWS` or the kernel's radius if
+    that is more, thrice as many where the field wraps around; but none where there are coarser
+    grids or the radius is above `LARGEST_RADIUS`."""
 
 
 class Engine(ABC):

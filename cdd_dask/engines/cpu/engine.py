@@ -9,15 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdd_dask.engines.base import Diffusion, Engine, Footprint
-from cdd_dask.engines.cpu import library, thread_team
-from cdd_dask.engines.cpu.steppers import (
-    CACHE,
-    LARGEST_ROW,
-    WIDTH,
-    Axis,
-    StepContext,
-    stepper_of,
-)
+from cdd_dask.engines.cpu import library, steppers, thread_team
+from cdd_dask.engines.cpu.steppers import Axis, StepContext, stepper_of
 from cdd_dask.engines.cpu.thread_team import ThreadTeam
 from cdd_dask.kernels import IDENTITY
 
@@ -66,9 +59,9 @@ class CpuEngine(Engine):
         return Footprint(
             host=itemsize,
             device=0,
-            line=2 * threads * WIDTH * working,
-            row=threads * LARGEST_ROW * working,
-            tiles=threads * CACHE,
+            line=2 * threads * steppers.WIDTH * working,
+            row=threads * steppers.LARGEST_ROW * working,
+            tiles=threads * steppers.CACHE,
             copy=working + 8 + 1 if blanks else working,
             lanes=library.LINE // working,
             threads=threads,

@@ -48,8 +48,7 @@ OF_TWO_TYPES(ff, float, float)
 OF_TWO_TYPES(fd, float, double)
 OF_TWO_TYPES(dd, double, double)
 
-// Whether this processor runs code for the instruction set of that name. (Not all compilers come with
-// what __builtin_cpu_supports asks.)
+// Whether this processor runs code for that instruction set; __builtin_cpu_supports lacks in Zig.
 EXPORT Index cdd_runs(const char* name) {
 #if defined(__x86_64__)
     unsigned a, b, c = 0, d, basic, extended = 0, kept = 0;
