@@ -38,8 +38,8 @@ FLAGS = (
     "-Wall -Wextra -Wconversion"
 )
 GCC_ONLY = "-mtune-ctrl=^inter_unit_moves_from_vec"
-"""Pointers that find no register wait in memory, not in the vectors' registers: arithmetic wants
-the unit that brings them back from there."""
+"""Pointers that find no register wait in memory: to move them back from vectors' registers would
+take a unit that arithmetic needs."""
 FAST = "-O3"
 SANITIZED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 

@@ -103,12 +103,13 @@ def test_a_missing_library_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_compiled_code_cannot_check_is_checked():
-    """Another type, other strides or another size never get there."""
+    """Another type, byte order, other strides or another size never get there."""
     field = np.zeros((6, 4), np.float32)
-    library.check(field, np.float32, 24)
-    for bad, size in ((field.astype("f8"), 24), (field[:, ::2], 12), (field, 23)):
-        with pytest.raises(ValueError, match=r"array: float\d\d of shape .* are needed"):
-            library.check(bad, np.float32, size)
+    library.check(field, 24)
+    others = field.astype("f2"), field.astype(">f4"), field.astype("i4")
+    for bad, size in (*((one, 24) for one in others), (field[:, ::2], 12), (field, 23)):
+        with pytest.raises(ValueError, match=r"field: .* of shape .* are needed"):
+            library.check(bad, size)
 
 
 def test_a_thread_that_cannot_start_stops_the_others(monkeypatch: pytest.MonkeyPatch):

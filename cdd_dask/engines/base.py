@@ -27,8 +27,8 @@ class Diffusion:
     constraint: str
     """``constrained``, ``inverted`` or ``unconstrained``."""
     faces: Faces
-    """Rule of every face: one for both faces of an axis, if neither is `CUT`, which takes any
-    extension."""
+    """Rule of every face: `CUT`, where any extension will do, or the axis's; ``wrap`` on both faces
+    or on neither."""
     cval: float = 0.0
     """Value beyond ``constant`` faces, in the field's unit."""
     levels: tuple[int, ...] = ()
@@ -58,7 +58,7 @@ class Footprint:
     row: int = 0
     """On the host, per voxel of a row alone."""
     tiles: int = 0
-    """On the host, in all, where `row` comes to less, but no more than three times that."""
+    """On the host, in all: at least `row` of a row, at most three times that."""
     copy: int = 0
     """On the host, per voxel of a copy, and per cell of coarser grids."""
     lanes: int = 1

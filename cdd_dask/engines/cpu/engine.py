@@ -53,8 +53,8 @@ class CpuEngine(Engine):
         return _diffused(field, axes, diffusion)
 
     def footprint(self, itemsize: int, blanks: bool = False, threads: int = 1) -> Footprint:
-        # the field and its copy, in float64 where there are blanks; then also what is left of the
-        # kernel, and where they are
+        # the field and its copy; with blanks this is float64, and there are the kernel's weight on
+        # the others, and a mask
         working = 8 if blanks else itemsize
         return Footprint(
             host=itemsize,
@@ -74,7 +74,7 @@ class CpuEngine(Engine):
 def _merged(shape: tuple[int, ...], diffusion: Diffusion) -> list[Axis]:
     """The axes; of more than three, those merged that lie side by side and are not smoothed along.
 
-    But for the last one: rows are short enough for the cache.
+    The last one stays: merged rows would outgrow the cache.
     """
     ndim = len(shape)
     levels, phases = diffusion.levels or (0,) * ndim, diffusion.phase or (0,) * ndim
@@ -89,15 +89,15 @@ def _merged(shape: tuple[int, ...], diffusion: Diffusion) -> list[Axis]:
 
 
 def _diffused(field: NDArray[Any], axes: list[Axis], diffusion: Diffusion) -> NDArray[Any]:
-    library.check(field, field.dtype, math.prod(axis.size for axis in axes))
+    library.check(field, math.prod(axis.size for axis in axes))
     least, most = field.min(), field.max()
     blanks = diffusion.as_if_blank or bool(np.isnan(least))
     if np.isnan(least):
         least, most = (rule.reduce(field, axis=None) for rule in (np.fmin, np.fmax))
     working = np.dtype(np.float64) if blanks else field.dtype
     largest = max(-least, most, abs(diffusion.cval))
-    # a power of two that keeps the sum of two values from overflowing; nearly always 1
-    scale = 1.0 if not largest >= np.finfo(field.dtype).max / 4 else 0.125
+    # a power of two that keeps a + b - 2 c from overflowing; nearly always 1
+    scale = 0.125 if largest >= np.finfo(field.dtype).max / 4 else 1.0
     with ThreadTeam(field.size) as team:
         context = StepContext(field.dtype, working, diffusion.cval, scale, team)
         stepper = stepper_of(axes, context)

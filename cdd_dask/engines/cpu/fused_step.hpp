@@ -1,13 +1,13 @@
-// Steps of constrained diffusion of a 3-D field, all axes and the constraint in one visit, in place.
+// Steps of constrained diffusion of a 3-D field, all axes and the constraint in one pass, in place.
 //
 // A tile of rows goes along the first axis, z. Every plane of it is smoothed along y and x, and kept
-// in a ring of planes, of which BATCH at a time are smoothed along z and move the field:
+// in a ring of planes, of which BATCH at a time are smoothed along z and *move* the field's values:
 //
-//     field --across y--> rows --along x--> ring of planes --across z--> field
+//     field --across y--> rows --along x--> ring of planes --across z, constraint--> field
 //
 // The next tile still needs the last rows of this one as they were: they are saved before they
-// move. A tile takes `depth` steps while its planes are in the cache, each some planes behind the
-// one before and `skew` rows further up, so that it reads nothing that is not there yet:
+// move. A *visit* of a tile takes `depth` steps while its planes are in the cache, each some planes
+// behind the one before and `skew` rows further up, so that it reads nothing that is not there yet:
 //
 //     step 0   tile 0 | tile 1 | tile 2          rows -->
 //     step 1   til| tile 1 | tile 2
@@ -32,7 +32,7 @@
 
 namespace cdd {
 
-constexpr Index LARGEST_DEPTH = 8;
+constexpr Index LARGEST_DEPTH = 8;  // at least `SAVED_ROWS` in Python
 constexpr Index ALL = std::numeric_limits<Index>::max();
 
 template <class T> struct FusedSteps {
@@ -51,19 +51,20 @@ template <class T> struct FusedSteps {
     bool wraps[2];       // whether planes, and rows, beyond one end are those of the other end
     T* scratch;          // `scratch_size()` values for each thread
     T* saved;            // `saved_size()` values
-    // How far each of visits() * tiles() is, at first 0: the number of rounds, each a batch of planes
-    // and a step, that have smoothed and saved its rows; ALL when the last values have moved, too.
+    // How many rounds, each a batch of planes in one step, every tile of every visit has smoothed and
+    // saved; at first 0, ALL when the last values have moved, too.
     Counter* progress;
     Team* team;
 
     Index width() const { return ends.length * LANES<T>; }
     Index ring() const { return 2 * radius[0] + BATCH; }
     Index planes() const { return ring() + (wraps[0] ? radius[0] : 0); }
-    // A plane of a tile; not a multiple of a page, or all planes would share the same cache lines.
+    // A plane of a tile, with room for what `smooth_along` writes too much, which also keeps planes off
+    // the same cache lines.
     Index plane_size() const { return rows * width() + BATCH * LANES<T>; }
     Index row_size() const { return (ends.length - 2 * ends.begin + 2 + BATCH) * LANES<T>; }
     Index scratch_size() const { return BATCH * row_size() + (BATCH + 1) * width() + depth * planes() * plane_size(); }
-    // With planes that wrap around, a tile saves some of the last of them at once.
+    // One more if planes wrap around: a tile then saves the last ones before its slot's reader is done.
     Index saved_slots() const { return team->size + (wraps[0] ? 1 : 0); }
     Index slot_size() const { return nz * radius[1] * width(); }
     Index saved_size() const { return (saved_slots() * depth + (wraps[1] ? 1 : 0)) * slot_size(); }
@@ -81,6 +82,8 @@ template <class T> struct FusedSteps {
 template <class T> class TileStep {
     const FusedSteps<T>& steps;
     const Index step, first, last;  // its number in the visit; rows of the tile
+    // Saved rows for the next tile, by the one before (with one thread in the same slot, read before
+    // they are replaced), and by the first one, where rows wrap around.
     T *const planes, *const saved, *const saved_before, *const saved_first;
     T *const rows, *const smooth, *const outside;
     Index next = 0;  // the plane to smooth next
@@ -115,9 +118,9 @@ public:
     }
     void move(Index z) const {
         const Index width = steps.width(), ring = steps.ring();
-        const bool in_one = steps.radius[0] && !steps.move.share;
+        const bool at_once = steps.radius[0] && !steps.move.share;
         const bool moves = steps.move.constraint != UNCONSTRAINED;
-        const auto across = in_one && moves ? smooth_across_of<T, true>(steps.radius[0])
+        const auto across = at_once && moves ? smooth_across_of<T, true>(steps.radius[0])
                                             : smooth_across_of<T, false>(steps.radius[0]);
         const T *plane[2 * LARGEST_RADIUS + BATCH], *source[2 * LARGEST_RADIUS + BATCH];
         for (Index i = 0; i < ring; ++i) plane[i] = smoothed_plane(z + i - steps.radius[0]);
@@ -127,9 +130,9 @@ public:
             T *target[BATCH], *smoothed[BATCH];
             for (Index b = 0; b < BATCH; ++b) {
                 smoothed[b] = smooth + b * width;
-                target[b] = z + b < steps.nz ? field(z + b, y) : smoothed[b];  // the last is for nothing
+                target[b] = z + b < steps.nz ? field(z + b, y) : smoothed[b];  // beyond nz: to spare room
             }
-            if (in_one) {
+            if (at_once) {
                 across(source, target, steps.taps[0], width, 0, steps.move.sign());
                 continue;
             }
@@ -156,7 +159,7 @@ private:
         const Index from = steps.y_from[y + steps.radius[1]];
         if (from < 0) return outside;
         if (y >= steps.ny && steps.wraps[1] && first > 0) return saved_row(saved_first, z, from);
-        if (from >= first || y < 0) return field(z, from);
+        if (from >= first) return field(z, from);
         return saved_row(saved_before, z, from - first + steps.radius[1]);
     }
     T* ring_plane(Index z) const { return planes + (z + steps.ring()) % steps.ring() * steps.plane_size(); }
@@ -196,7 +199,7 @@ private:
 template <class T> void FusedSteps<T>::run(Index thread) const {
     T* const own = scratch + thread * scratch_size();
     const Index lag = (radius[0] + BATCH - 1) / BATCH, batches = (nz + BATCH - 1) / BATCH;
-    for (Index number = thread; number < visits() * tiles(); number += team->size) {
+    for (Index number = thread; number < visits() * tiles(); number += team->size) {  // of all visits
         const Index visit = number / tiles(), tile = number % tiles();
         Counter &mine = progress[number], &before = progress[std::max(number, Index(1)) - 1];
         auto reached = [&](const Counter& counter, Index round) {

@@ -10,7 +10,7 @@
 
 namespace cdd {
 
-// [1, 3, 3, 1] / 8 of four vectors, each `step` values after the one before.
+// [1, 3, 3, 1] / 8 of four vectors.
 template <class T> inline INLINE Vector<T> mean_of_four(const Vector<T>* v) {
     const Vector<T> eighth = splat(T(0.125)), three = splat(T(0.375));
     return fma(three, v[1], eighth * v[0]) + fma(three, v[2], eighth * v[3]);
@@ -19,7 +19,7 @@ template <class T> inline INLINE Vector<T> between(Vector<T> near, Vector<T> far
     return fma(splat(T(0.25)), far - near, near);
 }
 
-// Means of 1, 4 or 16 rows; those of four neighbours first.
+// Means of 1, 4 or 16 rows; of 16, of each four in turn first.
 template <class T, int COUNT> void mean_across(const T* const* source, T* target, Index count) {
     for (Index x = 0; x < count; x += LANES<T>) {
         Vector<T> v[COUNT];
@@ -60,7 +60,7 @@ template <class T> struct Level {
 constexpr Index LARGEST_LEVEL = 30;
 
 template <class T> struct Pyramid {
-    const Level<T>* all_levels;
+    const Level<T>* levels;
     Index depth;                     // how often the grid gets coarser: levels - 1
     T* next;                         // like the values of level 1, for the next step
     const FusedSteps<T>* smoothing;  // one step on the coarsest cells
@@ -73,7 +73,7 @@ template <class T> struct Pyramid {
     T* scratch;                 // `scratch_size()` values for each thread
     Team* team;
 
-    Index row_size() const { return (all_levels[0].even_ends.length + 4) * LANES<T>; }
+    Index row_size() const { return (levels[0].even_ends.length + 4) * LANES<T>; }
     Index scratch_size() const { return 5 * row_size(); }
     void run(Index thread) const;
 };
@@ -91,7 +91,7 @@ public:
         : pyramid(p), thread(thread_), next(p.next),
           values(p.scratch + thread_ * p.scratch_size() + 2 * LANES<T>), cells(values + p.row_size()),
           smooth(cells + p.row_size()), outside(smooth + p.row_size()), plain(outside + p.row_size()) {
-        std::copy_n(p.all_levels, p.depth + 1, levels);
+        std::copy_n(p.levels, p.depth + 1, levels);
     }
     Part part(Index level) const { return {levels[level].nz, thread, pyramid.team->size}; }
     bool meet() const { return pyramid.team->meet(); }
@@ -125,7 +125,7 @@ public:
     }
 
 private:
-    // Move this thread's voxels, and make the next cells of those of them that need no others.
+    // Move this thread's voxels, and make the next cells that need no other thread's.
     void move_voxels(bool with_cells) {
         const Part own = part(0);
         for (Index z = own.begin; z < own.end; ++z) {
@@ -158,8 +158,8 @@ private:
     // Make planes of cells from the level before.
     void restrict(Index level, T* target, Part planes) {
         const Level<T>&fine = levels[level], &coarse = levels[level + 1];
-        const Index nz = fine.halved[0] ? 4 : 1, ny = fine.halved[1] ? 4 : 1;
-        const Index stride_z = nz / 2 + nz % 2, stride_y = ny / 2 + ny % 2;
+        const Index nz = fine.halved[0] ? 4 : 1, ny = fine.halved[1] ? 4 : 1;  // values of a mean
+        const Index stride_z = 1 + fine.halved[0], stride_y = 1 + fine.halved[1];
         std::fill_n(outside, fine.width(), fine.ends.outside);
         const auto across = nz * ny == 16 ? &mean_across<T, 16> : nz * ny == 4 ? &mean_across<T, 4> : &mean_across<T, 1>;
         for (Index z = planes.begin; z < planes.end; ++z)

@@ -48,7 +48,7 @@ OF_TWO_TYPES(ff, float, float)
 OF_TWO_TYPES(fd, float, double)
 OF_TWO_TYPES(dd, double, double)
 
-// Whether this processor runs code for that instruction set; __builtin_cpu_supports lacks in Zig.
+// Whether this processor runs code for that instruction set. (Zig lacks __builtin_cpu_supports.)
 EXPORT Index cdd_runs(const char* name) {
 #if defined(__x86_64__)
     unsigned a, b, c = 0, d, basic, extended = 0, kept = 0;
@@ -62,5 +62,5 @@ EXPORT Index cdd_runs(const char* name) {
     if (is("avx512")) return avx2 && has(kept, 0xe6) && has(extended, 0xc0030000);       // F, DQ, BW, VL
     if (is("avx2")) return avx2;
 #endif
-    return name[0] != 'a';  // "portable" and "neon" are what this file was compiled for
+    return name[0] != 'a';  // any other than avx… is the processor's baseline
 }

@@ -42,14 +42,14 @@ _ARGUMENTS: dict[str, list[Any]] = {
         for name in ("to_striped", "to_plain", "smooth_axis", "move")
     },
 }
-"""Parameters of the functions in ``kernels.cpp``; the last are a thread and how many there are."""
+"""Parameters of the functions in ``kernels.cpp``: a structure, a thread, how many there are."""
 
 
 _STRUCTURES = {
     "Team": "size:int abandoned:int arrived:int passed:int",
     "Rows": "field:at copy:at count:int size:int length:int first:int scale:double mask:bool "
     "scratch:at",
-    "Ends": "length:int first:int last:int begin:int end:int to:at from:at outside:T",
+    "Ends": "length:int first:int last:int begin:int end:int to:at source:at outside:T",
     "Move": "constraint:int share:at rounds:bool",
     "FusedSteps": "field:at nz:int ny:int ends:Ends z_from:at y_from:at radius:int:3 taps:at:3 "
     "move:Move count:int depth:int skew:int rows:int wraps:bool:2 scratch:at saved:at "
@@ -58,12 +58,12 @@ _STRUCTURES = {
     "z_near:at z_far:at y_near:at y_far:at",
     "Pyramid": "levels:at depth:int next:at smoothing:at move:Move count:int order:at ready:at "
     "first:at last:at scratch:at team:at",
-    "SmoothAxis": "field:at out:at n:int inner:int radius:int from:at weights:at outside:T "
+    "SmoothAxis": "field:at out:at n:int inner:int radius:int source:at weights:at outside:T "
     "scratch:at sums:at lines:int",
     "MovePlain": "field:at smooth:at share:at constraint:int count:int",
 }
-"""The members of the structures in C++ and their types: ``at`` is a pointer, ``T`` the type of the
-values, a number the length of an array."""
+"""The members of the structures in C++, in their order, and their types: ``at`` is a pointer, ``T``
+the type of the values, a number the length of an array."""
 
 
 def _present() -> dict[str, Path]:
@@ -133,12 +133,13 @@ def aligned(shape: int | tuple[int, ...], dtype: Any) -> NDArray[Any]:
     return array[start : start + size].reshape(shape)
 
 
-def check(array: NDArray[Any], dtype: Any, size: int) -> None:
+def check(array: NDArray[Any], size: int) -> None:
     """Raise `ValueError` where an array is not what compiled code takes it for."""
-    if array.dtype != dtype or not array.flags.c_contiguous or array.size != size:
+    kinds = (np.float32, np.float64)
+    if array.dtype not in kinds or not array.flags.c_contiguous or array.size != size:
         raise ValueError(
-            f"array: {array.dtype} of shape {array.shape} and strides {array.strides}, where "
-            f"{size} contiguous values of {np.dtype(dtype)} are needed"
+            f"field: {array.dtype} of shape {array.shape} and strides {array.strides}, where "
+            f"{size} contiguous values of float32 or float64 are needed"
         )
 
 

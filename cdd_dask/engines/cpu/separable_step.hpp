@@ -12,7 +12,7 @@ template <class Field, class T> struct SmoothAxis {
     T* out;          // may be the field
     Index n, inner;  // lengths of the last two axes
     Index radius;
-    const Index* from;  // the places that stand for -radius ... n + radius - 1, or -1
+    const Index* source;  // the places that stand for -radius ... n + radius - 1, or -1
     const T* weights;   // at distances 1 ... radius
     Field outside;      // the value for -1
     Field* scratch;     // (n + 2 radius) WIDTH values for each thread
@@ -26,12 +26,12 @@ template <class Field, class T> struct SmoothAxis {
         Field* const tile = scratch + thread * (n + 2 * radius) * WIDTH;
         T* const sum = sums + thread * CHUNK;
         for (Index line = part.begin; line < part.end;) {
-            const Index o = line / inner, left = line % inner;
-            const Index wide = std::min({WIDTH, inner - left, part.end - line});
+            const Index o = line / inner, column = line % inner;
+            const Index wide = std::min({WIDTH, inner - column, part.end - line});
             line += wide;
             for (Index i = 0; i < n + 2 * radius; ++i)
                 for (Index x = 0; x < wide; ++x)
-                    tile[i * wide + x] = from[i] < 0 ? outside : field[(o * n + from[i]) * inner + left + x];
+                    tile[i * wide + x] = source[i] < 0 ? outside : field[(o * n + source[i]) * inner + column + x];
             // rows of the tile lie side by side: so many values at once as they fill
             const Index step = CHUNK / wide * wide;
             for (Index first = 0; first < n * wide; first += step) {
@@ -47,7 +47,7 @@ template <class Field, class T> struct SmoothAxis {
                 }
                 for (Index x = 0; x < width; ++x) {
                     const Index i = (first + x) / wide, y = (first + x) % wide;
-                    out[(o * n + i) * inner + left + y] = sum[x] + T(centre[x]);
+                    out[(o * n + i) * inner + column + y] = sum[x] + T(centre[x]);
                 }
             }
         }

@@ -6,8 +6,8 @@
 //     a_0 + sum_j 2 w_j ((a_-j + a_+j) / 2 - a_0),
 //
 // from the outermost pair inwards: a constant field comes back to the bit, and rounding does not
-// wear others down. Terms of even j are written w_j ((a_-j + a_+j) - 2 a_0): the same but in the
-// subnormal range, where their bits differ.
+// wear others down. Terms of even j are written w_j ((a_-j + a_+j) - 2 a_0), which only
+// differs in the subnormal range: known results have these bits.
 #pragma once
 #include "vectors.hpp"
 
@@ -27,8 +27,8 @@ template <class T> inline INLINE Vector<T> moved(Vector<T> old, Vector<T> smooth
 }
 
 // Smooth BATCH vectors, of which value(b, j) is what lies at distance j from the middle of the b-th.
-// `taps` are the factors of the differences, 2 w_j or w_j, each in a whole vector. All go inwards
-// together, for one sum alone waits for itself.
+// `taps` are the factors of the differences, 2 w_j or w_j, each in a whole vector. Their sums
+// grow together: one alone would wait for its own last addition.
 template <class T, int R, class Value>
 inline INLINE void smooth(const Vector<T>* taps, Value value, Vector<T>* result) {
     constexpr std::integral_constant<int, 0> middle;
@@ -46,8 +46,8 @@ inline INLINE void smooth(const Vector<T>* taps, Value value, Vector<T>* result)
 }
 
 // Smooth BATCH rows of `count` values: row b of the target across the rows b to b + 2 R of the
-// source. What lies `ahead` values further is wanted soon. With MOVES the target's values are not
-// replaced but moved to the smooth ones.
+// source. With MOVES the target's values are not replaced but moved to the smooth ones; without,
+// what lies `ahead` values further is wanted soon.
 template <class T, int R, bool MOVES>
 void smooth_across(const T* const* source, T* const* target, const Vector<T>* taps, Index count, Index ahead, T sign) {
     // In arrays of its own, so that the compiler sees that no store changes them.
@@ -78,7 +78,7 @@ template <class T, int R> void smooth_along(const T* source, T* target, const Ve
 
 template <class T> using SmoothAcross = decltype(&smooth_across<T, 1, false>);
 template <class T> using SmoothAlong = decltype(&smooth_along<T, 1>);
-// These functions for a radius that is known only now; null for 0.
+// These functions for a radius that is known only now; null for 0, and never asked for larger ones.
 template <class T, bool MOVES, int R = LARGEST_RADIUS> SmoothAcross<T> smooth_across_of(Index radius) {
     if constexpr (R == 0) return nullptr;
     else return radius == R ? &smooth_across<T, R, MOVES> : smooth_across_of<T, MOVES, R - 1>(radius);
@@ -96,7 +96,7 @@ template <class T> inline INLINE Vector<T> rounded_to_float(Vector<T> value) {
 // How a row of a field moves to its smooth copy.
 template <class T> struct Move {
     Index constraint;
-    // What blanks leave of the kernel, like the field, and infinite where blank; null without blanks.
+    // The kernel's weight on voxels that are not blank, and infinite where one is; null without blanks.
     // Where the field `rounds` to float, 1 over it: a product is a fraction of a division's time.
     const T* share;
     bool rounds;

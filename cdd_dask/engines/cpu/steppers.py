@@ -17,7 +17,6 @@ from cdd_dask.engines.cpu.library import (
     CONSTRAINTS,
     Record,
     aligned,
-    check,
     function,
     integers,
     lanes,
@@ -36,7 +35,8 @@ CACHE = 1_200_000
 WIDTH, CHUNK = 64, 512
 """Lines smoothed together and values summed at once, as in ``separable_step.hpp``."""
 LARGEST_ROW = (2 * LARGEST_RADIUS + BATCH) * LARGEST_RADIUS + 4 * BATCH
-"""Values of the smallest tiles, for a thread and a voxel of a row, at most."""
+"""Values of the smallest tiles, for a thread and a voxel of a row; half as many again where they
+wrap around."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _Striped(ABC):
             team.call(function(name, *kinds), record, team.size)
 
         if blanks:
-            # what blanks leave of the kernel; beyond a ``constant`` face all is data
+            # the kernel's weight on what is not blank; beyond a ``constant`` face all is data
             share = aligned((rows, width), context.working)
             transfer("to_striped", copy, mask=True)
             transfer("to_striped", share, mask=True)
@@ -140,9 +140,7 @@ class _Striped(ABC):
         transfer("to_plain", copy)
         return field
 
-    def fused(
-        self, axes: list[Axis], length: int, first: int, count: int, cval: float, team: Record
-    ) -> Record:
+    def fused(self, axes: list[Axis], length: int, count: int, cval: float, team: Record) -> Record:
         """All but the field and the move of fused steps along three axes."""
         working, types = self.context.working, self.types
         nz, ny, _ = (axis.size for axis in axes)
@@ -153,12 +151,13 @@ class _Striped(ABC):
         planes = 2 * radii[0] + BATCH + -(-radii[0] // BATCH) * BATCH
         row = planes * length * lanes(working) * working.itemsize
         threads = self.context.team.size
+        # two tiles for each thread
         most = min(MOST_ROWS, CACHE // row, -(-ny // (2 * threads)) if threads > 1 else MOST_ROWS)
         rows = max(1, most // skew) * skew
         depth = 1 if any(wraps) else SAVED_ROWS // max(1, radii[1])
         depth = max(1, min(depth, CACHE // (row * rows), count))
         record: Record = types.FusedSteps(
-            nz=nz, ny=ny, ends=self.ends(axes[2], length, first, radii[2], cval),
+            nz=nz, ny=ny, ends=self.ends(axes[2], length, 0, radii[2], cval),
             z_from=integers(_extended(axes[0], radii[0], radii[0])),
             y_from=integers(_extended(axes[1], radii[1], radii[1])),
             radius=radii, taps=[self.taps(axis.kernel) for axis in axes],
@@ -193,7 +192,7 @@ class _Striped(ABC):
 
         ends: Record = self.types.Ends(
             length=length, first=first, last=last, begin=-radius, end=end, outside=cval,
-            to=striped(places), **{"from": np.where(beyond < 0, -1, striped(beyond + first))},
+            to=striped(places), source=np.where(beyond < 0, -1, striped(beyond + first)),
         )  # fmt: skip
         return ends
 
@@ -210,7 +209,7 @@ class Fused(_Striped):
 
     def steps(self, copy: NDArray[Any], move: Record, count: int, cval: float) -> None:
         team = self.types.Team(size=self.context.team.size)
-        record = self.fused(self._axes, self.length, 0, count, cval, team)
+        record = self.fused(self._axes, self.length, count, cval, team)
         record.set("field", copy)
         record.set("move", move)
         self.context.team.call(function("fused", self.context.working), record, meeting=team)
@@ -227,7 +226,7 @@ class Pyramid(_Striped):
         nz, ny, nx = (axis.size for axis in axes)
         self.shape, self.first = (nz, ny, nx), self._ways[2].before
         self._lengths = [-(-self._ways[2].whole // lanes(context.working))]
-        if axes[2].level:
+        if axes[2].level:  # even: so rows need not be striped anew to be halved
             self._lengths[0] += self._lengths[0] % 2
         for level in range(self._depth):
             length = self._lengths[-1]
@@ -245,15 +244,13 @@ class Pyramid(_Striped):
         levels = [self._level(level, values[level], cval) for level in range(self._depth + 1)]
         team = self.types.Team(size=self.context.team.size)
         coarsest = [way.coarsest() for way in self._ways]
-        smoothing = self.fused(coarsest, self._lengths[-1], 0, 1, cval, team)
+        smoothing = self.fused(coarsest, self._lengths[-1], 1, cval, team)
         smoothing.set("move", types.Move(constraint=CONSTRAINTS["unconstrained"]))
         # planes of voxels that each plane of cells is made of
         way = self._ways[0]
         stride, size = (2, 4) if way.level else (1, 1)
-        index = way.down(0)
-        sources = np.stack(
-            [index[i : i + stride * self._shapes[1][0] : stride] for i in range(size)]
-        )
+        index, count_z = way.down(0), stride * self._shapes[1][0]
+        sources = np.stack([index[i : i + count_z : stride] for i in range(size)])
         first = np.where(sources < 0, self.shape[0], sources).min(axis=0)
         last = sources.max(axis=0)
         order = np.argsort(last, kind="stable")
@@ -272,7 +269,7 @@ class Pyramid(_Striped):
 
     def _level(self, level: int, values: NDArray[Any], cval: float) -> Record:
         z, y, x = self._ways
-        length, coarser = self._lengths[level], level < self._depth
+        length = self._lengths[level]
         nz, ny, nx = self._shapes[level]
         row = Axis(nx, IDENTITY, (x.rule, x.rule)) if level else x.axis
         first, after = (0, 0) if level or not x.level else (x.before, x.after)
@@ -280,16 +277,14 @@ class Pyramid(_Striped):
             self.ends(row, vectors, first, min(x.level, 1), cval, after)
             for vectors in (length, length + length % 2)
         )
+        z_near, z_far = map(integers, z.up(level))
+        y_near, y_far = map(integers, y.up(level))
         record: Record = self.types.Level(
-            values=values, nz=nz, ny=ny, ends=ends, even_ends=even_ends
-        )
-        if coarser:
-            record.set("halved", [way.level > level for way in self._ways])
-            for name, way in (("z", z), ("y", y)):
-                record.set(f"{name}_from", integers(way.down(level)))
-                near, far = way.up(level)
-                record.set(f"{name}_near", integers(near))
-                record.set(f"{name}_far", integers(far))
+            values=values, nz=nz, ny=ny, ends=ends, even_ends=even_ends,
+            halved=[way.level > level for way in self._ways],
+            z_from=integers(z.down(level)), y_from=integers(y.down(level)),
+            z_near=z_near, z_far=z_far, y_near=y_near, y_far=y_far,
+        )  # fmt: skip
         return record
 
 
@@ -352,7 +347,7 @@ class _Way:
             return np.arange(size), np.arange(size)
         place = np.arange(size) + (0 if level else self.before)
         near, count = place // 2, self.size(level + 1)
-        cells = extension_index(self.rule, count, -1, count + 1)
+        cells = extension_index(self.rule, count, -1, count + 1)  # from cell -1 on
         return near, cells[near + 2 * (place % 2)]
 
 
@@ -398,8 +393,7 @@ class Separable:
                 weights=_weights(axis.kernel, working), outside=cval,
                 scratch=aligned(team.size * (axis.size + 2 * radius) * WIDTH, source.dtype),
                 sums=aligned(team.size * CHUNK, working), lines=source.size // axis.size,
-                **{"from": integers(_extended(axis, radius, radius))},
+                source=integers(_extended(axis, radius, radius)),
             )  # fmt: skip
-            check(source, source.dtype, self._smooth.size)
             team.call(function("smooth_axis", source.dtype, working), record, team.size)
             source = self._smooth

@@ -21,17 +21,17 @@ namespace cdd {
 template <class T> struct Ends {
     Index length;       // vectors of a row
     Index first, last;  // places of the row's own voxels
-    Index begin, end;   // places that are wanted: -begin vectors before the row, and as many behind it
-    // For those that are not its own, in order: where they lie in the row, if they do, and where
-    // the value is that they take, or -1; counted in values from the row's begin.
-    const Index *to, *from;
+    Index begin, end;   // -begin vectors are wanted on either side, and values up to place `end`
+    // For each place that is not its own, in order: its position among the row's values (unused if it
+    // lies outside), and the position of the value that it takes, or -1 for `outside`.
+    const Index *to, *source;
     T outside;          // the value for -1
 
-    // Make the vectors from `begin` to `end` complete; there is room for them, and one more value.
+    // Fill the -begin vectors on either side and the padding; there is room, and for one more value.
     void extend(T* row) const {
         constexpr Index N = LANES<T>;
         const Index before = first - begin, wanted = before + end - last;
-        auto value = [&](Index i) { return from[i] < 0 ? outside : row[from[i]]; };
+        auto value = [&](Index i) { return source[i] < 0 ? outside : row[source[i]]; };
         for (Index i = -begin; i < before; ++i) row[to[i]] = value(i);
         for (Index i = before; i < std::min(wanted, before + N * length - last); ++i) row[to[i]] = value(i);
         for (Index i = -1; i >= begin; --i) {  // vector i is vector i + length, one stripe before
@@ -42,7 +42,7 @@ template <class T> struct Ends {
         for (Index i = 0; i < -begin; ++i) {  // and vector i + length is vector i, one stripe after
             Vector<T> shifted = load(row + i * N + 1);
             const Index place = before + N * length + i - last;
-            shifted[N - 1] = place >= before && place < wanted ? value(place) : T(0);
+            shifted[N - 1] = place < wanted ? value(place) : T(0);
             store(row + (i + length) * N, shifted);
         }
     }
@@ -97,7 +97,7 @@ template <class Field, class T> struct Rows {
     Index count, size;    // rows, and voxels of each
     Index length, first;  // vectors of a striped row, and the place of a row's first voxel
     double scale;         // of the copy
-    bool mask;            // whether to copy 1 for a number instead of its value
+    bool mask;            // whether to copy 1 for a number (0 value + 1) instead of its value
     T* scratch;           // LANES * (length + 1) values for each thread
 
     // Copy the field, with 0 for NaN.
