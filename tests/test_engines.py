@@ -559,3 +559,15 @@ def test_auto_says_what_it_chose():
     assert chosen.name in ENGINES
     assert np.isfinite(run(chosen, positive((9, 9), np.float32), diffusion(2))).all()
     assert load_engine("auto", "cpu").device == "cpu"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only torch knows of a GPU")
+def test_torch_is_not_loaded_where_there_is_no_gpu():
+    """It takes seconds, which every command and every worker would take to begin."""
+    program = """
+import sys
+from cdd_dask import engines
+engines.GPU_FILES = ()
+assert engines.load_engine().name == "cpu" and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

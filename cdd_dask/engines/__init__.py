@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from glob import glob
 from importlib.util import find_spec
 
 from cdd_dask.engines.base import Diffusion, Engine, Faces, Footprint
@@ -9,6 +11,9 @@ from cdd_dask.errors import DeviceError
 from cdd_dask.parameters import check_choice
 
 ENGINES = ("auto", "reference", "cpu", "torch")
+GPU_FILES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/kfd", "/dev/dxg")
+"""One of them is there where Linux can reach a GPU; else torch, which takes seconds to load, is not
+asked for one."""
 
 __all__ = ["ENGINES", "Diffusion", "Engine", "Faces", "Footprint", "load_engine"]
 
@@ -40,7 +45,8 @@ def load_engine(name: str = "auto", device: str | None = None) -> Engine:
         from cdd_dask.engines.torch import TorchEngine
 
         return TorchEngine(device)
-    if name == "auto" and device is None and find_spec("torch"):
+    may_be = sys.platform != "linux" or any(map(glob, GPU_FILES))
+    if name == "auto" and device is None and may_be and find_spec("torch"):
         from cdd_dask.engines.torch import TorchEngine, check_device
 
         if (best := check_device(None)) != "cpu":
