@@ -189,6 +189,11 @@ class TaskMemory:
         copied = math.prod(shape[:-1]) * longer
         if any(self.levels):
             copied += coarse_cells(self.padded, self.levels) * longer // row
+            coarsest = [n >> level for n, level in zip(self.padded, self.levels, strict=True)]
+            if len(shape) > 1:
+                saved = footprint.threads * min(LARGEST_RADIUS, self.radius)
+                plane = math.prod(coarsest) // coarsest[-2] * longer // row
+                copied += plane * saved * (3 if self.wraps else 1)
         elif len(shape) > 1 and self.radius <= LARGEST_RADIUS:
             # axes that are left alone may be joined where there are more than three
             rows = shape[-2] if len(shape) <= 3 else min(shape[:-1])

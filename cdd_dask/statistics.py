@@ -60,8 +60,9 @@ class Statistics:
                 low, high = float(part.min(initial=np.inf)), float(part.max(initial=-np.inf))
             exact = buffer[: part.size]
             exact[...] = part
-            total, squares = float(exact.sum()), float(np.einsum("i,i->", exact, exact))
-            total_abs = float(np.abs(exact, out=exact).sum())
+            with np.errstate(over="ignore", invalid="ignore"):  # of values near the largest
+                total, squares = float(exact.sum()), float(np.einsum("i,i->", exact, exact))
+                total_abs = float(np.abs(exact, out=exact).sum())
             found += Statistics(part.size, total, total_abs, squares, low, high)
         return found
 

@@ -120,7 +120,8 @@ def build(to: Path, command: list[str], mode: str, names: list[str]) -> list[Pat
     elif system == "macosx":
         command += ["-arch", machine, f"-mmacosx-version-min={version[0]}"]
     else:
-        link += ["-static"] if system == "win" else ["-static-libstdc++", "-static-libgcc"]
+        # nothing of C++'s library is used, whose static form not every system has
+        link += ["-static"] if system == "win" else ["-static-libgcc", "-Wl,--as-needed"]
     if system != "win":
         flags += ["-fPIC"]
     if system != "macosx" and mode == FAST:

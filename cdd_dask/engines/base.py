@@ -64,9 +64,9 @@ class Footprint:
     lanes: int = 1
     """Rows of the copy are a multiple of so many voxels, of twice as many with coarser grids."""
     threads: int = 0
-    """Of a block. Each saves rows of every plane of the copy, `SAVED_ROWS` or the kernel's radius
-    if that is more, thrice as many where the field wraps around; but none where there are coarser
-    grids or the radius is above `LARGEST_RADIUS`."""
+    """Of a block. Each saves rows of every plane of the copy, or of the coarsest grid, `SAVED_ROWS`
+    or the kernel's radius if that is more, and thrice as many where the field wraps around; but
+    none where the radius is above `LARGEST_RADIUS`."""
 
 
 class Engine(ABC):

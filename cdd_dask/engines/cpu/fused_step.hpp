@@ -65,7 +65,7 @@ template <class T> struct FusedSteps {
     Index row_size() const { return (ends.length - 2 * ends.begin + 2 + BATCH) * LANES<T>; }
     Index scratch_size() const { return BATCH * row_size() + (BATCH + 1) * width() + depth * planes() * plane_size(); }
     // One more if planes wrap around: a tile then saves the last ones before its slot's reader is done.
-    Index saved_slots() const { return team->size + (wraps[0] ? 1 : 0); }
+    Index saved_slots() const { return std::min(team->size, visits() * tiles()) + (wraps[0] ? 1 : 0); }
     Index slot_size() const { return nz * radius[1] * width(); }
     Index saved_size() const { return (saved_slots() * depth + (wraps[1] ? 1 : 0)) * slot_size(); }
     Index tiles() const { return (ny + (depth - 1) * skew + rows - 1) / rows; }
@@ -111,7 +111,8 @@ public:
             }
         for (; next < std::min(z + BATCH + steps.radius[0], steps.nz); ++next) {
             smooth_plane(next, ring_plane(next));
-            save(next);
+            // of planes that wrap around, the last ones are saved already
+            if (!steps.wraps[0] || next < steps.nz - steps.radius[0]) save(next);
             if (steps.wraps[0] && next < steps.radius[0])
                 std::copy_n(ring_plane(next), steps.plane_size(), first_plane(next));
         }

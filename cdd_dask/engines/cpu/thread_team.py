@@ -46,10 +46,10 @@ class ThreadTeam:
             return
         try:
             others = [self._pool.submit(code, at, i, *more) for i in range(1, self.size)]
+            code(at, 0, *more)
         except BaseException:
             if meeting is not None:
                 meeting.abandoned = 1
             raise
-        code(at, 0, *more)
         for other in others:
             other.result()
