@@ -14,7 +14,7 @@ from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
 from cdd_dask.memory import TaskMemory, cell_task_bytes, voxel_task_bytes
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Resources, Volume
-from cdd_dask.pyramid import coarse_levels, computed_steps, padded_shape
+from cdd_dask.pyramid import StepGrids, coarse_levels, computed_steps
 from cdd_dask.regimes import (
     Regime,
     cell_block,
@@ -271,19 +271,15 @@ class Draft:
             source_itemsize=self.volume.source_itemsize if from_source else 0,
             source_chunk=self.volume.source_chunk if from_source else None,
             cells=cells,
-            levels=regime.levels,
-            padded=self.padded(k, cells or haloed, regime.levels),
-            radius=max(kernel.radius for kernel in self.steps[k].kernels),
-            wraps=boundary == "wrap",
+            grids=self.step_grids(k, cells or haloed, regime.levels),
             channels=self.refined if refined else 1,
         )
 
-    def padded(self, k: int, shape: tuple[int, ...], levels: tuple[int, ...]) -> tuple[int, ...]:
-        """What a block's coarser grids are made of in channel `k`, which may be refined."""
-        whole = self.volume.shape
-        if self.steps[k].refinement > 1:
-            whole = self.cells(self.volume.grid(whole), k)
-        return padded_shape(shape, whole, self.steps[k].kernels, levels, self.parameters.boundary)
+    def step_grids(self, k: int, shape: tuple[int, ...], levels: tuple[int, ...]) -> StepGrids:
+        """What a block of `shape` is smoothed on in channel `k`."""
+        steps = self.steps[k]
+        whole = steps.in_cells(self.volume.shape)
+        return StepGrids.of(shape, whole, steps.kernels, levels, self.parameters.boundary)
 
     def blank_memory(self, grid: Grid, k: int, regime: Regime, tile: tuple[int, ...]) -> TaskMemory:
         """The same where blank voxels are found, and a block is computed tile by tile."""
@@ -299,7 +295,7 @@ class Draft:
             plain,
             haloed=haloed,
             footprint=self.resources.blank_footprint,
-            padded=self.padded(k, haloed, regime.levels),
+            grids=self.step_grids(k, haloed, regime.levels),
             cores=2,
         )
 
@@ -345,10 +341,7 @@ class Draft:
     def cells(self, tiles: Grid, k: int) -> tuple[int, ...]:
         """Shape of the largest of `tiles` with the halo of channel `k`, in cells."""
         voxels = haloed_shape(tiles, self.blank_depths[k], self.parameters.boundary)
-        return tuple(
-            n * (self.steps[k].refinement if axis in self.steps[k].axes else 1)
-            for axis, n in enumerate(voxels)
-        )
+        return self.steps[k].in_cells(voxels)
 
     def largest_tile(self, share: float) -> tuple[int, ...]:
         """The largest tile whose cells take no more than a `share` of a task's memory."""
@@ -473,7 +466,8 @@ class Draft:
     def copying_memory(self, grid: Grid) -> int:
         """Bytes that a task of the copying-in holds at its peak."""
         memory = self.task_memory(grid, 0, next(self.options(grid, 0)))
-        return replace(memory, haloed=grid.block, cells=None, levels=()).host
+        grids = self.step_grids(0, grid.block, (0,) * len(grid.block))
+        return replace(memory, haloed=grid.block, cells=None, grids=grids).host
 
     def seconds_of(self, grid: Grid, stepping: float, read: int, written: int) -> float:
         """Time for so many seconds of steps and for bytes, shared by the workers."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from cdd_dask.blocks import Grid, storage_chunks
 from cdd_dask.engines.base import LARGEST_RADIUS, SAVED_ROWS, Footprint
 from cdd_dask.errors import InputError
-from cdd_dask.pyramid import coarse_cells
+from cdd_dask.pyramid import StepGrids
 
 TASK_OVERHEAD = 10_000_000
 """Bytes that a task holds besides its arrays: buffers of the I/O pool, small objects, and by how
@@ -131,16 +131,10 @@ class TaskMemory:
     """Bytes per voxel of the source."""
     source_chunk: tuple[int, ...] | None
     """Shape of what the source decodes at once, in voxels."""
+    grids: StepGrids
+    """Those that the block is smoothed on."""
     cells: tuple[int, ...] | None = None
     """Shape of the largest tile with its halo on the refined grid, where there is one."""
-    levels: tuple[int, ...] = ()
-    """How often the grid is halved to smooth the block."""
-    padded: tuple[int, ...] = ()
-    """Shape of what coarser grids are made of, see `pyramid.padded_shape`; unused without them."""
-    radius: int = 0
-    """Largest radius of a step's kernels, in voxels."""
-    wraps: bool = False
-    """Whether a side of the block may be the volume's, which wraps around."""
     channels: int = 1
     """Channels that the pass computes."""
     cores: int = 1
@@ -182,25 +176,23 @@ class TaskMemory:
     @property
     def work(self) -> int:
         """Bytes of the engine, the block included."""
-        shape, footprint = self.cells or self.haloed, self.footprint
-        multiple = footprint.lanes * (2 if any(self.levels) else 1)
-        row = self.padded[-1] if any(self.levels) else shape[-1]
+        shape, footprint, grids = self.cells or self.haloed, self.footprint, self.grids
+        multiple = footprint.lanes * (2 if any(grids.levels) else 1)
+        row = grids.padded[-1]
         longer = -(-row // multiple) * multiple
-        copied = math.prod(shape[:-1]) * longer
-        if any(self.levels):
-            copied += coarse_cells(self.padded, self.levels) * longer // row
-            coarsest = [n >> level for n, level in zip(self.padded, self.levels, strict=True)]
-            if len(shape) > 1:
-                saved = footprint.threads * min(LARGEST_RADIUS, self.radius)
-                plane = math.prod(coarsest) // coarsest[-2] * longer // row
-                copied += plane * saved * (3 if self.wraps else 1)
-        elif len(shape) > 1 and self.radius <= LARGEST_RADIUS:
+        copied = math.prod(shape[:-1]) * longer + grids.cells * longer // row
+        *outer, last = grids.coarsest
+        if outer and grids.radius <= LARGEST_RADIUS:
             # axes that are left alone may be joined where there are more than three
-            rows = shape[-2] if len(shape) <= 3 else min(shape[:-1])
-            saved = footprint.threads * max(SAVED_ROWS, self.radius)
-            copied += copied // rows * saved * (3 if self.wraps else 1)
-        least, lines = longer * footprint.row, max(shape) * footprint.line
-        tiles = max(least, min(3 * least, footprint.tiles))
+            planes = math.prod(outer) // (outer[-1] if len(outer) < 3 else min(outer))
+            saved = footprint.threads * max(SAVED_ROWS, grids.radius) * (3 if grids.wraps else 1)
+            copied += planes * saved * (last * longer // row)
+        # a tile has 16 to 32 rows, where there are so many: two tiles for each of several threads
+        rows = math.prod(shape[-2:-1] if len(shape) <= 3 else shape[:-1])
+        more = rows / (32 * footprint.threads if footprint.threads > 1 else 16)
+        least = longer * footprint.row * 3 // (2 if grids.wraps else 3)
+        tiles = max(least, min(int(least * min(2, max(1, more))), footprint.tiles))
+        lines = max(shape) * footprint.line
         return math.prod(shape) * footprint.host + copied * footprint.copy + max(tiles, lines)
 
     @property

@@ -14,7 +14,7 @@ whole chain are those of the kernel it replaces: each way through level `j` adds
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -159,23 +159,51 @@ def computed_steps(steps: Steps, levels: tuple[int, ...]) -> Steps:
     return replace(steps, kernels=tuple(map(chain_kernel, steps.kernels, levels)))
 
 
-def padded_shape(
-    shape: tuple[int, ...],
-    volume: tuple[int, ...],
-    kernels: tuple[Kernel, ...],
-    levels: tuple[int, ...],
-    boundary: str,
-) -> tuple[int, ...]:
-    """What cells are made of, at most, for a block of `shape` anywhere in a volume.
+@dataclass(frozen=True)
+class StepGrids:
+    """The grids that a block's steps run on, as far as they decide what the steps hold."""
 
-    The block's voxels, and voxels beyond its faces where these need some, see `can_extend_cells`;
-    whole cells in all.
-    """
-    if not any(levels):
-        return shape
-    return tuple(
-        _padded(*axis, boundary) for axis in zip(shape, volume, kernels, levels, strict=True)
-    )
+    levels: tuple[int, ...]
+    """How often the grid is halved along each axis."""
+    padded: tuple[int, ...]
+    """Shape of what the cells are made of, at most: the block's voxels, and voxels beyond its faces
+    where these need some, see `can_extend_cells`; whole cells in all."""
+    radius: int
+    """Largest radius of the kernels, in cells of the coarsest grid."""
+    wraps: bool
+    """Whether a side of the block may be the volume's, which wraps around."""
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        volume: tuple[int, ...],
+        kernels: tuple[Kernel, ...],
+        levels: tuple[int, ...],
+        boundary: str,
+    ) -> StepGrids:
+        """For a block of `shape` anywhere in a volume, and a step's full `kernels`."""
+        axes = zip(shape, volume, kernels, levels, strict=True)
+        radius = max(coarse_kernel(*one).radius for one in zip(kernels, levels, strict=True))
+        padded = tuple(_padded(*axis, boundary) for axis in axes)
+        return cls(levels, padded, radius, boundary == "wrap")
+
+    @property
+    def coarsest(self) -> tuple[int, ...]:
+        """Shape of the coarsest grid, in cells."""
+        return tuple(n >> level for n, level in zip(self.padded, self.levels, strict=True))
+
+    @property
+    def cells(self) -> int:
+        """Cells of all coarser grids; the coarsest are held twice, and so are the finest."""
+        depth = max(self.levels)
+        if not depth:
+            return 0
+        counts = [
+            math.prod(n >> min(level, j) for n, level in zip(self.padded, self.levels, strict=True))
+            for j in range(1, depth + 1)
+        ]
+        return sum(counts) + counts[-1] + (counts[0] if depth > 1 else 0)
 
 
 def _padded(size: int, whole: int, kernel: Kernel, level: int, boundary: str) -> int:
@@ -188,19 +216,6 @@ def _padded(size: int, whole: int, kernel: Kernel, level: int, boundary: str) ->
     # of a part of the axis, one face at most is the volume's, but it begins within a cell
     beyond, phase = (low + high, 0) if size == whole else (low or high, cell - 1)
     return -(-(phase + size + beyond * margin(kernel, level)) // cell) * cell
-
-
-def coarse_cells(padded: tuple[int, ...], levels: tuple[int, ...]) -> int:
-    """Cells of all levels that are made of a shape of `padded_shape`.
-
-    The coarsest are held twice, and so are the finest, for the next step.
-    """
-    depth = max(levels)
-    counts = [
-        math.prod(n >> min(level, j) for n, level in zip(padded, levels, strict=True))
-        for j in range(1, depth + 1)
-    ]
-    return sum(counts) + counts[-1] + (counts[0] if depth > 1 else 0)
 
 
 def _moment(kernel: Kernel, power: int) -> float:

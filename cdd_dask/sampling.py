@@ -31,7 +31,7 @@ from cdd_dask.halo import BLANK_MARGIN, channel_halos, channel_passes
 from cdd_dask.memory import TaskMemory, format_bytes, return_freed_memory
 from cdd_dask.parameters import Parameters
 from cdd_dask.progress import Progress
-from cdd_dask.pyramid import coarse_levels, computed_steps, padded_shape, pyramid_error
+from cdd_dask.pyramid import StepGrids, coarse_levels, computed_steps, pyramid_error
 from cdd_dask.readers import Source, read_field
 from cdd_dask.readers.regions import read_region
 from cdd_dask.refinement import Refinement
@@ -305,37 +305,26 @@ class _Recomputation:
 
     def needed_memory(self, channels: range, core: Region) -> int:
         """Bytes at the peak of a recomputation."""
-        k, parameters = channels.start, self.parameters
+        k, itemsize = channels.start, self.parameters.itemsize
         haloed = tuple(s.stop - s.start for s in self.block(k, core).outer)
         steps, reads_source = self.steps[k], self.starts_from_source(k)
+        cells, whole = steps.in_cells(haloed), steps.in_cells(self.grid.shape)
 
-        def in_cells(shape: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(
-                n * (steps.refinement if i in steps.axes else 1) for i, n in enumerate(shape)
-            )
-
-        cells, itemsize, boundary = in_cells(haloed), parameters.itemsize, parameters.boundary
-        memory = TaskMemory(
-            grid=self.grid,
-            haloed=haloed,
-            footprint=self.engine.footprint(itemsize, self.has_blanks, cores()),
-            itemsize=itemsize,
-            source_itemsize=max(itemsize, self.source.dtype.itemsize if reads_source else 0),
-            source_chunk=self.source.chunk if reads_source else None,
-            cells=cells if steps.refinement > 1 else None,
-            wraps=boundary == "wrap",
-            channels=len(channels),
-        )
-        whole = in_cells(self.grid.shape)
-        return max(
-            replace(
-                memory,
-                levels=self.levels[k],
-                radius=max(kernel.radius for kernel in self.steps[k].kernels),
-                padded=padded_shape(cells, whole, self.steps[k].kernels, self.levels[k], boundary),
+        def needed(k: int) -> int:
+            kernels, levels = self.steps[k].kernels, self.levels[k]
+            return TaskMemory(
+                grid=self.grid,
+                haloed=haloed,
+                footprint=self.engine.footprint(itemsize, self.has_blanks, cores()),
+                itemsize=itemsize,
+                source_itemsize=max(itemsize, self.source.dtype.itemsize if reads_source else 0),
+                source_chunk=self.source.chunk if reads_source else None,
+                grids=StepGrids.of(cells, whole, kernels, levels, self.parameters.boundary),
+                cells=cells if steps.refinement > 1 else None,
+                channels=len(channels),
             ).host
-            for k in channels
-        )
+
+        return max(map(needed, channels))
 
     def sample(self, k: int, tally: _Tally, needed: int, memory: int) -> Sample:
         """What the differences of channel `k` come to."""

@@ -34,6 +34,18 @@ class Steps:
         """Strict dependence radius ``n * r`` per axis, in cells."""
         return tuple(self.count * kernel.radius for kernel in self.kernels)
 
+    def in_cells(self, voxels: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape in voxels, in cells of the grid that the steps run on.
+
+        Examples
+        --------
+        >>> from cdd_dask.kernels import IDENTITY, discrete_gaussian
+        >>> Steps(1, (IDENTITY, discrete_gaussian(0.5)), refinement=2).in_cells((30, 40))
+        (30, 80)
+        """
+        factors = (self.refinement if kernel.sigma > 0 else 1 for kernel in self.kernels)
+        return tuple(n * factor for n, factor in zip(voxels, factors, strict=True))
+
 
 def channel_steps(parameters: Parameters, edges: tuple[float, ...], ndim: int) -> tuple[Steps, ...]:
     """The steps of every channel, from the finest to the coarsest.

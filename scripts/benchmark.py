@@ -65,9 +65,9 @@ def interleaved(cases: dict[str, Callable[[], object]], repeats: int) -> Times:
     return times
 
 
-def _arithmetic(engine: Engine, rounds: int) -> None:
+def _arithmetic(rounds: int) -> None:
     """Mere arithmetic: many steps of a field that stays in the cache, in one call."""
-    engine_steps(engine, np.ones((8, 16, 128), np.float32), SIGMAS[3], rounds)()
+    engine_steps(load_engine("cpu"), np.ones((8, 16, 128), np.float32), SIGMAS[3], rounds)()
 
 
 def together(run: Callable[[], object]) -> None:
@@ -189,8 +189,8 @@ def block_figures(engine: Engine, size: int, repeats: int) -> list[dict[str, Any
         if sigma > 128 / 8:
             continue
         cases: dict[str, Callable[[], object]] = {
-            "mere": partial(_arithmetic, engine, 10_000),
-            "two mere": partial(together, partial(_arithmetic, engine, 10_000)),
+            "mere": partial(_arithmetic, 10_000),
+            "two mere": partial(together, partial(_arithmetic, 10_000)),
         }
         for name, field in (("small", small), ("large", large)):
             for count in (few, many):
@@ -380,21 +380,26 @@ def report_before(chosen: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def processor_seconds(command: list[str], **how: Any) -> float:
+    """What a command takes; `how` as for `subprocess.run`."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True, **how)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def report_commands(chosen: argparse.Namespace) -> dict[str, list[float]]:
     """Measure and print the processor time of whole commands, now and before."""
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(chosen.repeats + 1):
             for name, python in (("now", sys.executable), ("before", chosen.before)):
-                start = resource.getrusage(resource.RUSAGE_CHILDREN)
-                subprocess.run(
-                    [python, "-m", "cdd_dask", "decompose", os.path.abspath(chosen.cube),
-                     f"{folder}/{name}-{number}.zarr"],
-                    check=True, capture_output=True, cwd=folder,
+                command = [python, "-m", "cdd_dask", "decompose", os.path.abspath(chosen.cube)]
+                spent = processor_seconds(
+                    [*command, f"{folder}/{name}-{number}.zarr"],
+                    cwd=folder,
                     env={**os.environ, "NUMBA_CACHE_DIR": f"{folder}/cache"},
-                )  # fmt: skip
-                end = resource.getrusage(resource.RUSAGE_CHILDREN)
-                spent = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
+                )
                 seconds.setdefault(name, []).append(spent)
     print(f"\nprocessor seconds of `cdd-dask decompose` of {os.path.basename(chosen.cube)}")
     print("| | first run | later runs | first / later |\n|---|---|---|---|")

@@ -224,7 +224,7 @@ def test_blocks_with_blanks_are_computed_in_tiles(
     field = blanked(lognormal((160, 60, 50)), 0.2)
     field[:40] = np.nan_to_num(field[:40], nan=1.0)
     options = {**QUICK, "rtol": rtol, "boundary": boundary}
-    tight = {**options, "block": (40, 60, 50), "memory": "18MB"}
+    tight = {**options, "block": (40, 60, 50), "memory": "17MB"}
     result = cdd_dask.decompose(field, tmp_path / "out.zarr", progress=False, **tight)
     stages = cdd_dask.plan(field, **tight).stages[1:]
     assert any(s.blank_tile[1] < 60 and s.blank_depth[1] > s.depth[1] == 0 for s in stages)

@@ -45,8 +45,7 @@ def load_engine(name: str = "auto", device: str | None = None) -> Engine:
         from cdd_dask.engines.torch import TorchEngine
 
         return TorchEngine(device)
-    may_be = sys.platform != "linux" or any(map(glob, GPU_FILES))
-    if name == "auto" and device is None and may_be and find_spec("torch"):
+    if name == "auto" and device is None and _may_have_gpu() and find_spec("torch"):
         from cdd_dask.engines.torch import TorchEngine, check_device
 
         if (best := check_device(None)) != "cpu":
@@ -63,3 +62,7 @@ def load_engine(name: str = "auto", device: str | None = None) -> Engine:
     from cdd_dask.engines.cpu import CpuEngine
 
     return CpuEngine()
+
+
+def _may_have_gpu() -> bool:
+    return sys.platform != "linux" or any(map(glob, GPU_FILES))

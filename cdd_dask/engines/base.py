@@ -56,9 +56,10 @@ class Footprint:
     line: int = 0
     """On the host, per voxel of the block's longest side alone."""
     row: int = 0
-    """On the host, per voxel of a row alone."""
+    """On the host, per voxel of a row alone, for tiles of 16 rows; half as much again where the
+    field wraps around."""
     tiles: int = 0
-    """On the host, in all: at least `row` of a row, at most three times that."""
+    """On the host, what taller tiles take at most."""
     copy: int = 0
     """On the host, per voxel of a copy, and per cell of coarser grids."""
     lanes: int = 1

@@ -16,10 +16,10 @@
 // one before is saved when that one has come as far. So `depth` steps of all tiles are followed by
 // the next `depth`, without a pause. One thread alone goes through the tiles in the same order.
 //
-// Where the cycles of a vector go (AVX-512, one thread, 192³ in float32): an axis of radius R takes
-// 3 R operations on two units, so three axes and the constraint take 4.5 R + 2 cycles, which is what
-// rows in the first-level cache take. A step takes 8 to 10 more, for the ring's planes and the field
-// on their way through the second-level cache.
+// Where the cycles of a vector go (AVX-512, one thread, 192³ in float32), counted by hand: an axis of
+// radius R takes 3 R operations on two units, three axes and the constraint 4.5 R + 2 cycles. A step,
+// timed by `scripts/benchmark.py --before` in a quick minute at 1.85 GHz, takes 8 to 10 more, for the
+// ring's planes and the field on their way through the second-level cache.
 //
 //     radius          2    3    4    7   11
 //     arithmetic     11   16   20   34   52

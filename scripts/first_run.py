@@ -1,7 +1,7 @@
 """How much more a first run after installation costs than later ones, in processor time.
 
-    python scripts/proofs/first_run.py cube.fits
-    python scripts/proofs/first_run.py cube.fits --environments 5
+    python scripts/first_run.py cube.fits
+    python scripts/first_run.py cube.fits --environments 5
 
 Installs the package into new environments, and decomposes the file there again and again. The exit
 status is 1 if a first run takes more than 1.2 times as long as those just after it.
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from benchmark import processor_seconds
 
 LONGER = 1.2
 """How many times as long a first run may take."""
@@ -24,22 +25,14 @@ LATER = 3
 """Later runs for each first one."""
 
 
-def processor_seconds(*command: str | Path) -> float:
-    """What a command takes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # without a setting that keeps Python from what it would write for later runs
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=clean)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cube", type=Path, help="file to decompose")
     parser.add_argument("--environments", type=int, default=3)
     chosen = parser.parse_args()
-    project = Path(__file__).resolve().parents[2]
+    # without a setting that keeps Python from what it would write for later runs
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    project = Path(__file__).resolve().parents[1]
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(chosen.environments):
@@ -47,9 +40,10 @@ def main() -> int:
             subprocess.run([sys.executable, "-m", "venv", place], check=True)
             pip = [place / "bin/python", "-m", "pip", "install", "--quiet"]
             subprocess.run([*pip, f"{project}[fits]"], check=True)
-            command = place / "bin/cdd-dask", "decompose", chosen.cube
+            command = [str(place / "bin/cdd-dask"), "decompose", str(chosen.cube)]
             first, *later = (
-                processor_seconds(*command, place / f"{run}.zarr") for run in range(1 + LATER)
+                processor_seconds([*command, f"{place}/{run}.zarr"], env=clean)
+                for run in range(1 + LATER)
             )
             ratios.append(first / statistics.median(later))
             print(
