@@ -53,8 +53,7 @@ class CpuEngine(Engine):
         return _diffused(field, axes, diffusion)
 
     def footprint(self, itemsize: int, blanks: bool = False, threads: int = 1) -> Footprint:
-        # the field and its copy; with blanks this is float64, and there are the kernel's weight on
-        # the others, and a mask
+        # the field and its copy; with blanks the kernel's weight on the others and a mask, too
         working = 8 if blanks else itemsize
         return Footprint(
             host=itemsize,
@@ -62,7 +61,7 @@ class CpuEngine(Engine):
             line=2 * threads * steppers.WIDTH * working,
             row=threads * steppers.LARGEST_ROW * working,
             tiles=threads * steppers.CACHE,
-            copy=working + 8 + 1 if blanks else working,
+            copy=itemsize + 8 + 1 if blanks else itemsize,
             lanes=library.LINE // working,
             threads=threads,
         )

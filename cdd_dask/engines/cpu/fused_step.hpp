@@ -35,8 +35,9 @@ namespace cdd {
 constexpr Index LARGEST_DEPTH = 8;  // at least `SAVED_ROWS` in Python
 constexpr Index ALL = std::numeric_limits<Index>::max();
 
-template <class T> struct FusedSteps {
-    T* field;              // striped, of nz planes of ny rows
+// Its values are computed in T, and kept as Field.
+template <class T, class Field = T> struct FusedSteps {
+    Field* field;          // striped, of nz planes of ny rows
     Index nz, ny;
     Ends<T> ends;              // of the rows, `begin` and `end` as the radius along x wants them
     const Index* z_from;       // the planes that stand for -radius ... nz + radius - 1, or -1
@@ -50,7 +51,7 @@ template <class T> struct FusedSteps {
     Index rows;          // of a tile, a multiple of `skew`
     bool wraps[2];       // whether planes, and rows, beyond one end are those of the other end
     T* scratch;          // `scratch_size()` values for each thread
-    T* saved;            // `saved_size()` values
+    Field* saved;        // `saved_size()` values
     // How many rounds, each a batch of planes in one step, every tile of every visit has smoothed and
     // saved; at first 0, ALL when the last values have moved, too.
     Counter* progress;
@@ -63,7 +64,7 @@ template <class T> struct FusedSteps {
     // the same cache lines.
     Index plane_size() const { return rows * width() + BATCH * LANES<T>; }
     Index row_size() const { return (ends.length - 2 * ends.begin + 2 + BATCH) * LANES<T>; }
-    Index scratch_size() const { return BATCH * row_size() + (BATCH + 1) * width() + depth * planes() * plane_size(); }
+    Index scratch_size() const { return BATCH * row_size() + (BATCH + 2) * width() + depth * planes() * plane_size(); }
     // One more if planes wrap around: a tile then saves the last ones before its slot's reader is done.
     Index saved_slots() const { return std::min(team->size, visits() * tiles()) + (wraps[0] ? 1 : 0); }
     Index slot_size() const { return nz * radius[1] * width(); }
@@ -79,26 +80,29 @@ template <class T> struct FusedSteps {
 };
 
 // A step of a tile: its place, and the planes that it has smoothed.
-template <class T> class TileStep {
-    const FusedSteps<T>& steps;
+template <class T, class Field> class TileStep {
+    const FusedSteps<T, Field>& steps;
     const Index step, first, last;  // its number in the visit; rows of the tile
     // Saved rows for the next tile, by the one before (with one thread in the same slot, read before
     // they are replaced), and by the first one, where rows wrap around.
-    T *const planes, *const saved, *const saved_before, *const saved_first;
-    T *const rows, *const smooth, *const outside;
+    Field *const saved, *const saved_before, *const saved_first;
+    T *const planes, *const rows, *const smooth, *const outside;
+    Field* const outside_field;
     Index next = 0;  // the plane to smooth next
 
 public:
-    TileStep(const FusedSteps<T>& s, T* scratch, Index tile, Index number, Index step_)
+    TileStep(const FusedSteps<T, Field>& s, T* scratch, Index tile, Index number, Index step_)
         : steps(s), step(step_),
           first(std::clamp(tile * s.rows - step_ * s.skew, Index(0), s.ny)),
           last(std::clamp((tile + 1) * s.rows - step_ * s.skew, Index(0), s.ny)),
-          planes(scratch + BATCH * s.row_size() + (BATCH + 1) * s.width() + step_ * s.planes() * s.plane_size()),
           saved(slot(number)), saved_before(slot(number + s.saved_slots() - 1)),
           saved_first(s.saved + s.saved_slots() * s.depth * s.slot_size()),
+          planes(scratch + BATCH * s.row_size() + (BATCH + 2) * s.width() + step_ * s.planes() * s.plane_size()),
           rows(scratch - s.ends.begin * LANES<T> + LANES<T>),
-          smooth(scratch + BATCH * s.row_size()), outside(smooth + BATCH * s.width()) {
+          smooth(scratch + BATCH * s.row_size()), outside(smooth + BATCH * s.width()),
+          outside_field(reinterpret_cast<Field*>(outside + s.width())) {
         std::fill_n(outside, s.width(), s.ends.outside);
+        std::fill_n(outside_field, s.width(), Field(s.ends.outside));
     }
     bool empty() const { return first >= last; }
 
@@ -119,27 +123,23 @@ public:
     }
     void move(Index z) const {
         const Index width = steps.width(), ring = steps.ring();
-        const bool at_once = steps.radius[0] && !steps.move.share;
+        // by one function, without a row of smooth values between
+        const bool at_once = std::is_same_v<T, Field> && steps.radius[0] && !steps.move.share;
         const bool moves = steps.move.constraint != UNCONSTRAINED;
-        const auto across = at_once && moves ? smooth_across_of<T, true>(steps.radius[0])
-                                            : smooth_across_of<T, false>(steps.radius[0]);
+        const auto across = at_once && moves ? smooth_across_of<T, T, true>(steps.radius[0])
+                                            : smooth_across_of<T, T, false>(steps.radius[0]);
         const T *plane[2 * LARGEST_RADIUS + BATCH], *source[2 * LARGEST_RADIUS + BATCH];
         for (Index i = 0; i < ring; ++i) plane[i] = smoothed_plane(z + i - steps.radius[0]);
         for (Index y = first; y < last; ++y) {
             for (Index i = 0; i < ring; ++i)
                 source[i] = plane[i] == outside ? outside : plane[i] + (y - first) * width;
-            T *target[BATCH], *smoothed[BATCH];
-            for (Index b = 0; b < BATCH; ++b) {
-                smoothed[b] = smooth + b * width;
-                target[b] = z + b < steps.nz ? field(z + b, y) : smoothed[b];  // beyond nz: to spare room
-            }
-            if (at_once) {
-                across(source, target, steps.taps[0], width, 0, steps.move.sign());
-                continue;
-            }
-            if (across) across(source, smoothed, steps.taps[0], width, 0, T(1));
-            for (Index b = 0; b < std::min<Index>(BATCH, steps.nz - z); ++b)
-                steps.move.row(steps.field, across ? smoothed[b] : source[b], target[b] - steps.field, width);
+            T* target[BATCH];
+            for (Index b = 0; b < BATCH; ++b) target[b] = smooth + b * width;
+            if constexpr (std::is_same_v<T, Field>)
+                for (Index b = 0; at_once && b < std::min<Index>(BATCH, steps.nz - z); ++b) target[b] = field(z + b, y);
+            if (across) across(source, target, steps.taps[0], width, 0, at_once ? steps.move.sign() : T(1));
+            for (Index b = 0; !at_once && b < std::min<Index>(BATCH, steps.nz - z); ++b)
+                steps.move.row(steps.field, across ? target[b] : source[b], field(z + b, y) - steps.field, width);
         }
     }
 
@@ -150,15 +150,15 @@ private:
         if (steps.wraps[1] && first == 0)
             std::copy_n(field(z, 0), std::min(radius, steps.ny) * steps.width(), saved_row(saved_first, z, 0));
     }
-    T* slot(Index number) const {
+    Field* slot(Index number) const {
         return steps.saved + (number % steps.saved_slots() * steps.depth + step) * steps.slot_size();
     }
-    T* saved_row(T* from, Index plane, Index i) const { return from + (plane * steps.radius[1] + i) * steps.width(); }
-    T* field(Index z, Index y) const { return steps.field + (z * steps.ny + y) * steps.width(); }
+    Field* saved_row(Field* from, Index plane, Index i) const { return from + (plane * steps.radius[1] + i) * steps.width(); }
+    Field* field(Index z, Index y) const { return steps.field + (z * steps.ny + y) * steps.width(); }
     // A row before this step, y from -radius to ny + radius - 1.
-    const T* row(Index z, Index y) const {
+    const Field* row(Index z, Index y) const {
         const Index from = steps.y_from[y + steps.radius[1]];
-        if (from < 0) return outside;
+        if (from < 0) return outside_field;
         if (y >= steps.ny && steps.wraps[1] && first > 0) return saved_row(saved_first, z, from);
         if (from >= first) return field(z, from);
         return saved_row(saved_before, z, from - first + steps.radius[1]);
@@ -178,10 +178,10 @@ private:
         const Index width = steps.width(), ry = steps.radius[1], rx = steps.radius[2];
         // By the time that plane is smoothed its rows shall have come from memory.
         const Index ahead = step == 0 && z + 2 < steps.nz ? 2 * steps.ny * width : 0;
-        const auto across = smooth_across_of<T, false>(ry);
+        const auto across = smooth_across_of<T, Field, false>(ry);
         const auto along = smooth_along_of<T>(rx);
         for (Index y = first; y < last; y += BATCH, plane += BATCH * width) {
-            const T* source[2 * LARGEST_RADIUS + BATCH];
+            const Field* source[2 * LARGEST_RADIUS + BATCH];
             for (Index i = 0; i < 2 * ry + BATCH; ++i)
                 source[i] = row(z, std::min(y + i, steps.ny + 2 * ry - 1) - ry);
             T* target[BATCH];
@@ -197,7 +197,7 @@ private:
     }
 };
 
-template <class T> void FusedSteps<T>::run(Index thread) const {
+template <class T, class Field> void FusedSteps<T, Field>::run(Index thread) const {
     T* const own = scratch + thread * scratch_size();
     const Index lag = (radius[0] + BATCH - 1) / BATCH, batches = (nz + BATCH - 1) / BATCH;
     for (Index number = thread; number < visits() * tiles(); number += team->size) {  // of all visits
@@ -212,9 +212,10 @@ template <class T> void FusedSteps<T>::run(Index thread) const {
             if (!reached(progress[(visit - 1) * tiles() + last], ALL - 1)) return;
         }
         const Index taken = std::min(depth, count - visit * depth);
-        alignas(TileStep<T>) char room[LARGEST_DEPTH * sizeof(TileStep<T>)];
-        TileStep<T>* const steps = reinterpret_cast<TileStep<T>*>(room);
-        for (Index step = 0; step < taken; ++step) new (steps + step) TileStep<T>(*this, own, tile, number, step);
+        using Step = TileStep<T, Field>;
+        alignas(Step) char room[LARGEST_DEPTH * sizeof(Step)];
+        Step* const steps = reinterpret_cast<Step*>(room);
+        for (Index step = 0; step < taken; ++step) new (steps + step) Step(*this, own, tile, number, step);
         for (Index front = 0; front < batches + (taken - 1) * lag; ++front)
             for (Index step = 0; step < taken; ++step) {
                 const Index z = (front - step * lag) * BATCH, round = front * depth + step;

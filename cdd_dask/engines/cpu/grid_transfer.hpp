@@ -20,10 +20,10 @@ template <class T> inline INLINE Vector<T> between(Vector<T> near, Vector<T> far
 }
 
 // Means of 1, 4 or 16 rows; of 16, of each four in turn first.
-template <class T, int COUNT> void mean_across(const T* const* source, T* target, Index count) {
+template <class T, class Field, int COUNT> void mean_across(const Field* const* source, T* target, Index count) {
     for (Index x = 0; x < count; x += LANES<T>) {
         Vector<T> v[COUNT];
-        for (int i = 0; i < COUNT; ++i) v[i] = load(source[i] + x);
+        for (int i = 0; i < COUNT; ++i) v[i] = load_as<T>(source[i] + x);
         if constexpr (COUNT == 16)
             for (int i = 0; i < 4; ++i) v[i] = mean_of_four<T>(v + 4 * i);
         store(target + x, COUNT == 1 ? v[0] : mean_of_four<T>(v));
@@ -41,7 +41,7 @@ template <class T, int COUNT> void between_across(const T* const* source, T* tar
 
 // One level of the pyramid: the voxels, or cells that are made of the level before.
 template <class T> struct Level {
-    T* values;        // striped
+    void* values;     // striped; voxels are kept as the field's type, cells as T
     Index nz, ny;
     // Of its rows, with one place more beyond either end; and of rows with an even number of vectors,
     // as they are halved.
@@ -54,15 +54,17 @@ template <class T> struct Level {
     const Index *z_near, *z_far, *y_near, *y_far;
 
     Index width() const { return ends.length * LANES<T>; }
-    T* row(Index z, Index y) const { return values + (z * ny + y) * width(); }
+    template <class Kept> Kept* row(Index z, Index y) const {
+        return static_cast<Kept*>(values) + (z * ny + y) * width();
+    }
 };
 
 constexpr Index LARGEST_LEVEL = 30;
 
-template <class T> struct Pyramid {
+template <class T, class Field> struct Pyramid {
     const Level<T>* levels;
     Index depth;                     // how often the grid gets coarser: levels - 1
-    T* next;                         // like the values of level 1, for the next step
+    void* next;                      // like the values of level 1, for the next step
     const FusedSteps<T>* smoothing;  // one step on the coarsest cells
     Move<T> move;
     Index count;                     // of steps
@@ -79,15 +81,15 @@ template <class T> struct Pyramid {
 };
 
 // A thread's part of the work on a pyramid.
-template <class T> class PyramidPart {
-    const Pyramid<T>& pyramid;
+template <class T, class Field> class PyramidPart {
+    const Pyramid<T, Field>& pyramid;
     const Index thread;
     Level<T> levels[LARGEST_LEVEL + 1];
-    T* next;
+    void* next;
     T *const values, *const cells, *const smooth, *const outside, *const plain;  // rows
 
 public:
-    PyramidPart(const Pyramid<T>& p, Index thread_)
+    PyramidPart(const Pyramid<T, Field>& p, Index thread_)
         : pyramid(p), thread(thread_), next(p.next),
           values(p.scratch + thread_ * p.scratch_size() + 2 * LANES<T>), cells(values + p.row_size()),
           smooth(cells + p.row_size()), outside(smooth + p.row_size()), plain(outside + p.row_size()) {
@@ -97,22 +99,22 @@ public:
     bool meet() const { return pyramid.team->meet(); }
 
     void run() {
-        const Move<T> replace = {UNCONSTRAINED, nullptr, false};
+        const Move<T> replace = {UNCONSTRAINED, nullptr};
         const Index depth = pyramid.depth;
-        restrict(0, levels[1].values, part(1));
+        restrict<Field>(0, levels[1].values, part(1));
         for (Index step = 0; step < pyramid.count; ++step) {
             if (!meet()) return;
             for (Index level = 1; level < depth; ++level) {
-                restrict(level, levels[level + 1].values, part(level + 1));
+                restrict<T>(level, levels[level + 1].values, part(level + 1));
                 if (!meet()) return;
             }
             FusedSteps<T> smoothing = *pyramid.smoothing;
-            smoothing.field = levels[depth].values;
+            smoothing.field = levels[depth].template row<T>(0, 0);
             smoothing.run(thread);
             if (!meet()) return;
             if (thread == 0) smoothing.forget();
             for (Index level = depth - 1; level > 0; --level) {
-                prolong(level, part(level), replace);
+                prolong<T>(level, part(level), replace);
                 if (!meet()) return;
             }
             const bool goes_on = step + 1 < pyramid.count;
@@ -129,10 +131,10 @@ private:
     void move_voxels(bool with_cells) {
         const Part own = part(0);
         for (Index z = own.begin; z < own.end; ++z) {
-            prolong(0, {z, z + 1}, pyramid.move);
+            prolong<Field>(0, {z, z + 1}, pyramid.move);
             for (Index i = pyramid.ready[z]; with_cells && i < pyramid.ready[z + 1]; ++i) {
                 const Index cell = pyramid.order[i];
-                if (pyramid.first[cell] >= own.begin) restrict(0, next, {cell, cell + 1});
+                if (pyramid.first[cell] >= own.begin) restrict<Field>(0, next, {cell, cell + 1});
             }
         }
     }
@@ -146,7 +148,7 @@ private:
                 if (pyramid.first[cell] >= other.begin && pyramid.last[cell] >= 0 && pyramid.last[cell] < other.end)
                     shared = false;
             }
-            if (shared && number++ % pyramid.team->size == thread) restrict(0, next, {cell, cell + 1});
+            if (shared && number++ % pyramid.team->size == thread) restrict<Field>(0, next, {cell, cell + 1});
         }
     }
     // Stripe a row of `length` vectors anew, to one of `other`.
@@ -155,22 +157,25 @@ private:
         unstripe(row, plain, length);
         stripe(plain, row, other);
     }
-    // Make planes of cells from the level before.
-    void restrict(Index level, T* target, Part planes) {
+    // Make planes of cells from the level before, whose values are kept as Fine.
+    template <class Fine> void restrict(Index level, void* cells_, Part planes) {
         const Level<T>&fine = levels[level], &coarse = levels[level + 1];
         const Index nz = fine.halved[0] ? 4 : 1, ny = fine.halved[1] ? 4 : 1;  // values of a mean
         const Index stride_z = 1 + fine.halved[0], stride_y = 1 + fine.halved[1];
-        std::fill_n(outside, fine.width(), fine.ends.outside);
-        const auto across = nz * ny == 16 ? &mean_across<T, 16> : nz * ny == 4 ? &mean_across<T, 4> : &mean_across<T, 1>;
+        Fine* const beyond = reinterpret_cast<Fine*>(outside);
+        std::fill_n(beyond, fine.width(), Fine(fine.ends.outside));
+        const auto across = nz * ny == 16  ? &mean_across<T, Fine, 16>
+                            : nz * ny == 4 ? &mean_across<T, Fine, 4>
+                                           : &mean_across<T, Fine, 1>;
         for (Index z = planes.begin; z < planes.end; ++z)
             for (Index y = 0; y < coarse.ny; ++y) {
-                const T* source[16];
+                const Fine* source[16];
                 for (Index j = 0; j < ny; ++j)
                     for (Index i = 0; i < nz; ++i) {
                         const Index plane = fine.z_from[stride_z * z + i], row = fine.y_from[stride_y * y + j];
-                        source[j * nz + i] = plane < 0 || row < 0 ? outside : fine.row(plane, row);
+                        source[j * nz + i] = plane < 0 || row < 0 ? beyond : fine.template row<Fine>(plane, row);
                     }
-                T* const result = target + (z * coarse.ny + y) * coarse.width();
+                T* const result = static_cast<T*>(cells_) + (z * coarse.ny + y) * coarse.width();
                 across(source, fine.halved[2] ? values : result, fine.width());
                 if (!fine.halved[2]) continue;
                 restripe(values, fine.ends.length, fine.even_ends.length);
@@ -184,7 +189,7 @@ private:
             }
     }
     // Make smooth values of planes of a level from cells of the next, and move the level to them.
-    void prolong(Index level, Part planes, const Move<T>& to) {
+    template <class Fine> void prolong(Index level, Part planes, const Move<T>& to) {
         const Level<T>&fine = levels[level], &coarse = levels[level + 1];
         const Index nz = fine.halved[0] ? 2 : 1, ny = fine.halved[1] ? 2 : 1;
         const auto across = nz * ny == 4 ? &between_across<T, 4> : nz * ny == 2 ? &between_across<T, 2> : &between_across<T, 1>;
@@ -193,7 +198,7 @@ private:
                 const T* source[4];
                 for (Index j = 0; j < ny; ++j)
                     for (Index i = 0; i < nz; ++i)
-                        source[j * nz + i] = coarse.row((i ? fine.z_far : fine.z_near)[z], (j ? fine.y_far : fine.y_near)[y]);
+                        source[j * nz + i] = coarse.template row<T>((i ? fine.z_far : fine.z_near)[z], (j ? fine.y_far : fine.y_near)[y]);
                 across(source, cells, coarse.width());
                 const Index place = (z * fine.ny + y) * fine.width();
                 if (fine.halved[2]) {
@@ -206,11 +211,13 @@ private:
                     }
                     restripe(smooth, fine.even_ends.length, fine.ends.length);
                 }
-                to.row(fine.values, fine.halved[2] ? smooth : cells, place, fine.width());
+                to.row(fine.template row<Fine>(0, 0), fine.halved[2] ? smooth : cells, place, fine.width());
             }
     }
 };
 
-template <class T> void Pyramid<T>::run(Index thread) const { PyramidPart<T>(*this, thread).run(); }
+template <class T, class Field> void Pyramid<T, Field>::run(Index thread) const {
+    PyramidPart<T, Field>(*this, thread).run();
+}
 
 }  // namespace cdd

@@ -17,18 +17,19 @@
 
 using namespace cdd;
 
-#define OF_ONE_TYPE(SUFFIX, T)                                                                              \
-    EXPORT Index cdd_lanes_##SUFFIX() { return LANES<T>; }                                                  \
-    EXPORT Index cdd_fused_scratch_##SUFFIX(const FusedSteps<T>* steps) { return steps->scratch_size(); }   \
-    EXPORT Index cdd_fused_saved_##SUFFIX(const FusedSteps<T>* steps) { return steps->saved_size(); }       \
-    EXPORT Index cdd_fused_tiles_##SUFFIX(const FusedSteps<T>* steps) {                                     \
+#define OF_TYPES(SUFFIX, FIELD, T)                                                                          \
+    EXPORT Index cdd_fused_scratch_##SUFFIX(const FusedSteps<T, FIELD>* steps) {                            \
+        return steps->scratch_size();                                                                       \
+    }                                                                                                       \
+    EXPORT Index cdd_fused_saved_##SUFFIX(const FusedSteps<T, FIELD>* steps) { return steps->saved_size(); } \
+    EXPORT Index cdd_fused_tiles_##SUFFIX(const FusedSteps<T, FIELD>* steps) {                              \
         return steps->visits() * steps->tiles();                                                            \
     }                                                                                                       \
-    EXPORT void cdd_fused_##SUFFIX(const FusedSteps<T>* steps, Index thread) { steps->run(thread); }        \
-    EXPORT Index cdd_pyramid_scratch_##SUFFIX(const Pyramid<T>* steps) { return steps->scratch_size(); }    \
-    EXPORT void cdd_pyramid_##SUFFIX(const Pyramid<T>* steps, Index thread) { steps->run(thread); }
-
-#define OF_TWO_TYPES(SUFFIX, FIELD, T)                                                                      \
+    EXPORT void cdd_fused_##SUFFIX(const FusedSteps<T, FIELD>* steps, Index thread) { steps->run(thread); } \
+    EXPORT Index cdd_pyramid_scratch_##SUFFIX(const Pyramid<T, FIELD>* steps) {                             \
+        return steps->scratch_size();                                                                       \
+    }                                                                                                       \
+    EXPORT void cdd_pyramid_##SUFFIX(const Pyramid<T, FIELD>* steps, Index thread) { steps->run(thread); }  \
     EXPORT void cdd_to_striped_##SUFFIX(const Rows<FIELD, T>* rows, Index thread, Index size) {             \
         rows->to_striped(thread, Part(rows->count, thread, size));                                          \
     }                                                                                                       \
@@ -42,11 +43,11 @@ using namespace cdd;
         move->run(Part(move->count, thread, size));                                                         \
     }
 
-OF_ONE_TYPE(f, float)
-OF_ONE_TYPE(d, double)
-OF_TWO_TYPES(ff, float, float)
-OF_TWO_TYPES(fd, float, double)
-OF_TWO_TYPES(dd, double, double)
+EXPORT Index cdd_lanes_f() { return LANES<float>; }
+EXPORT Index cdd_lanes_d() { return LANES<double>; }
+OF_TYPES(ff, float, float)
+OF_TYPES(fd, float, double)
+OF_TYPES(dd, double, double)
 
 // Whether this processor runs code for that instruction set. (Zig lacks __builtin_cpu_supports.)
 EXPORT Index cdd_runs(const char* name) {

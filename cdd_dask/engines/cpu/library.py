@@ -50,7 +50,7 @@ _STRUCTURES = {
     "Rows": "field:at copy:at count:int size:int length:int first:int scale:double mask:bool "
     "scratch:at",
     "Ends": "length:int first:int last:int begin:int end:int to:at source:at outside:T",
-    "Move": "constraint:int share:at rounds:bool",
+    "Move": "constraint:int share:at",
     "FusedSteps": "field:at nz:int ny:int ends:Ends z_from:at y_from:at radius:int:3 taps:at:3 "
     "move:Move count:int depth:int skew:int rows:int wraps:bool:2 scratch:at saved:at "
     "progress:at team:at",

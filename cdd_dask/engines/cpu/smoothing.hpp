@@ -48,17 +48,17 @@ inline INLINE void smooth(const Vector<T>* taps, Value value, Vector<T>* result)
 // Smooth BATCH rows of `count` values: row b of the target across the rows b to b + 2 R of the
 // source. With MOVES the target's values are not replaced but moved to the smooth ones; without,
 // what lies `ahead` values further is wanted soon.
-template <class T, int R, bool MOVES>
-void smooth_across(const T* const* source, T* const* target, const Vector<T>* taps, Index count, Index ahead, T sign) {
+template <class T, class Field, int R, bool MOVES>
+void smooth_across(const Field* const* source, T* const* target, const Vector<T>* taps, Index count, Index ahead, T sign) {
     // In arrays of its own, so that the compiler sees that no store changes them.
-    const T* from[2 * R + BATCH];
+    const Field* from[2 * R + BATCH];
     T* to[BATCH];
     for (int i = 0; i < 2 * R + BATCH; ++i) from[i] = source[i] + count;
     for (int b = 0; b < BATCH; ++b) to[b] = target[b] + count;
     const Vector<T> signs = splat(sign);
     for (Index x = -count; x < 0; x += LANES<T>) {
         Vector<T> result[BATCH];
-        smooth<T, R>(taps, [&](int b, auto j) INLINE { return load(from[b + R + j] + x); }, result);
+        smooth<T, R>(taps, [&](int b, auto j) INLINE { return load_as<T>(from[b + R + j] + x); }, result);
         for (int b = 0; b < BATCH; ++b) {
             if constexpr (!MOVES) __builtin_prefetch(from[b + R] + x + ahead);
             store(to[b] + x, MOVES ? moved<T>(load(to[b] + x), result[b], signs) : result[b]);
@@ -76,48 +76,40 @@ template <class T, int R> void smooth_along(const T* source, T* target, const Ve
     }
 }
 
-template <class T> using SmoothAcross = decltype(&smooth_across<T, 1, false>);
+template <class T, class Field> using SmoothAcross = decltype(&smooth_across<T, Field, 1, false>);
 template <class T> using SmoothAlong = decltype(&smooth_along<T, 1>);
 // These functions for a radius that is known only now; null for 0, and never asked for larger ones.
-template <class T, bool MOVES, int R = LARGEST_RADIUS> SmoothAcross<T> smooth_across_of(Index radius) {
+template <class T, class Field, bool MOVES, int R = LARGEST_RADIUS>
+SmoothAcross<T, Field> smooth_across_of(Index radius) {
     if constexpr (R == 0) return nullptr;
-    else return radius == R ? &smooth_across<T, R, MOVES> : smooth_across_of<T, MOVES, R - 1>(radius);
+    else return radius == R ? &smooth_across<T, Field, R, MOVES> : smooth_across_of<T, Field, MOVES, R - 1>(radius);
 }
 template <class T, int R = LARGEST_RADIUS> SmoothAlong<T> smooth_along_of(Index radius) {
     if constexpr (R == 0) return nullptr;
     else return radius == R ? &smooth_along<T, R> : smooth_along_of<T, R - 1>(radius);
 }
 
-template <class T> inline INLINE Vector<T> rounded_to_float(Vector<T> value) {
-    typedef float Floats __attribute__((vector_size(LANES<T> * sizeof(float))));
-    return __builtin_convertvector(__builtin_convertvector(value, Floats), Vector<T>);
-}
-
 // How a row of a field moves to its smooth copy.
 template <class T> struct Move {
     Index constraint;
     // The kernel's weight on voxels that are not blank, and infinite where one is; null without blanks.
-    // Where the field `rounds` to float, 1 over it: a product is a fraction of a division's time.
+    // Where the field is kept in a shorter type, 1 over it: a product is a fraction of a division's time.
     const T* share;
-    bool rounds;
 
     // `place` is that of the row in the field.
-    void row(T* field, const T* smooth, Index place, Index count) const {
-        if (!share) with<false, false>(field, smooth, place, count);
-        else if (!rounds) with<true, false>(field, smooth, place, count);
-        else with<true, true>(field, smooth, place, count);
+    template <class Field> void row(Field* field, const T* smooth, Index place, Index count) const {
+        share ? with<true>(field + place, smooth, share + place, count) : with<false>(field + place, smooth, share, count);
     }
     T sign() const { return constraint == INVERTED ? T(-1) : T(1); }
 
 private:
-    template <bool BLANKS, bool ROUNDS> void with(T* field, const T* smooth, Index place, Index count) const {
+    template <bool BLANKS, class Field> void with(Field* field, const T* smooth, const T* share_, Index count) const {
         const Vector<T> signs = splat(sign());
         for (Index x = 0; x < count; x += LANES<T>) {
             Vector<T> value = load(smooth + x);
-            if (BLANKS && !ROUNDS) value /= load(share + place + x);
-            if (BLANKS && ROUNDS) value = rounded_to_float<T>(value * load(share + place + x));
-            if (constraint != UNCONSTRAINED) value = moved<T>(load(field + place + x), value, signs);
-            store(field + place + x, value);
+            if constexpr (BLANKS) value = sizeof(Field) < sizeof(T) ? value * load(share_ + x) : value / load(share_ + x);
+            if (constraint != UNCONSTRAINED) value = moved<T>(load_as<T>(field + x), value, signs);
+            store_as<T>(field + x, value);
         }
     }
 };

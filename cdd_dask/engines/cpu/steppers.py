@@ -110,39 +110,38 @@ class _Striped(ABC):
         """
         context, rows = self.context, self.shape[0] * self.shape[1]
         width = self.length * lanes(context.working)
-        kinds = (context.field, context.working)
-        team, rounds = context.team, context.field != context.working
-        copy, share = aligned((rows, width), context.working), None
+        kinds, team = (context.field, context.working), context.team
+        copy = aligned((rows, width), context.field)
         scratch = aligned(team.size * (width + lanes(context.working)), context.working)
 
-        def transfer(name: str, array: NDArray[Any], mask: bool = False) -> None:
+        def transfer(name: str, mask: bool = False) -> None:
             record = self.types.Rows(
-                field=field, copy=array, count=rows, size=self.shape[2], length=self.length,
+                field=field, copy=copy, count=rows, size=self.shape[2], length=self.length,
                 first=self.first, scale=context.scale, mask=mask, scratch=scratch,
             )  # fmt: skip
             team.call(function(name, *kinds), record, team.size)
 
+        move = self.types.Move(constraint=CONSTRAINTS[constraint])
         if blanks:
             # the kernel's weight on what is not blank; beyond a ``constant`` face all is data
+            transfer("to_striped", mask=True)
             share = aligned((rows, width), context.working)
-            transfer("to_striped", copy, mask=True)
-            transfer("to_striped", share, mask=True)
-            move = self.types.Move(constraint=CONSTRAINTS["unconstrained"])
-            self.steps(share, move, 1, 1.0)
+            share[:] = copy
+            self.steps(share, self.types.Move(constraint=CONSTRAINTS["unconstrained"]), 1, 1.0)
             share[copy == 0] = np.inf
-            if rounds:
+            if context.field != context.working:
                 np.divide(1.0, share, out=share)
-        transfer("to_striped", copy)
-        move = self.types.Move(constraint=CONSTRAINTS[constraint], rounds=rounds)
-        if share is not None:
             move.set("share", share)
+        transfer("to_striped")
         self.steps(copy, move, count, context.cval * context.scale)
-        transfer("to_plain", copy)
+        transfer("to_plain")
         return field
 
-    def fused(self, axes: list[Axis], length: int, count: int, cval: float, team: Record) -> Record:
-        """All but the field and the move of fused steps along three axes."""
-        working, types = self.context.working, self.types
+    def fused(
+        self, axes: list[Axis], length: int, copy: NDArray[Any], count: int, cval: float, team: Record
+    ) -> Record:
+        """All but the move of fused steps of the striped `copy` along three axes."""
+        working, types, kinds = self.context.working, self.types, (copy.dtype, self.context.working)
         nz, ny, _ = (axis.size for axis in axes)
         radii = [axis.kernel.radius for axis in axes]
         wraps = ["wrap" in axis.rules and axis.kernel.radius > 0 for axis in axes[:2]]
@@ -161,12 +160,12 @@ class _Striped(ABC):
             z_from=integers(_extended(axes[0], radii[0], radii[0])),
             y_from=integers(_extended(axes[1], radii[1], radii[1])),
             radius=radii, taps=[self.taps(axis.kernel) for axis in axes],
-            count=count, depth=depth, skew=skew, rows=rows, wraps=wraps, team=team,
+            count=count, depth=depth, skew=skew, rows=rows, wraps=wraps, team=team, field=copy,
         )  # fmt: skip
         at = ctypes.byref(record)
-        sizes = [function(f"fused_{name}", working)(at) for name in ("scratch", "saved", "tiles")]
+        sizes = [function(f"fused_{name}", *kinds)(at) for name in ("scratch", "saved", "tiles")]
         record.set("scratch", aligned(threads * sizes[0], working))
-        record.set("saved", aligned(sizes[1], working))
+        record.set("saved", aligned(sizes[1], copy.dtype))
         record.set("progress", np.zeros(sizes[2], np.int64))
         return record
 
@@ -209,10 +208,10 @@ class Fused(_Striped):
 
     def steps(self, copy: NDArray[Any], move: Record, count: int, cval: float) -> None:
         team = self.types.Team(size=self.context.team.size)
-        record = self.fused(self._axes, self.length, count, cval, team)
-        record.set("field", copy)
+        record = self.fused(self._axes, self.length, copy, count, cval, team)
         record.set("move", move)
-        self.context.team.call(function("fused", self.context.working), record, meeting=team)
+        call = function("fused", copy.dtype, self.context.working)
+        self.context.team.call(call, record, meeting=team)
 
 
 class Pyramid(_Striped):
@@ -239,12 +238,12 @@ class Pyramid(_Striped):
         return aligned((nz * ny, self._lengths[level] * lanes(working)), working)
 
     def steps(self, copy: NDArray[Any], move: Record, count: int, cval: float) -> None:
-        working, types = self.context.working, self.types
+        types, kinds = self.types, (copy.dtype, self.context.working)
         values = [copy] + [self._rows(level) for level in range(1, self._depth + 1)]
         levels = [self._level(level, values[level], cval) for level in range(self._depth + 1)]
         team = self.types.Team(size=self.context.team.size)
         coarsest = [way.coarsest() for way in self._ways]
-        smoothing = self.fused(coarsest, self._lengths[-1], 1, cval, team)
+        smoothing = self.fused(coarsest, self._lengths[-1], values[-1], 1, cval, team)
         smoothing.set("move", types.Move(constraint=CONSTRAINTS["unconstrained"]))
         # planes of voxels that each plane of cells is made of
         way = self._ways[0]
@@ -263,9 +262,9 @@ class Pyramid(_Striped):
             last=integers(last), team=team,
         )  # fmt: skip
         at = ctypes.byref(record)
-        size = function("pyramid_scratch", working)(at)
-        record.set("scratch", aligned(self.context.team.size * size, working))
-        self.context.team.call(function("pyramid", working), record, meeting=team)
+        size = function("pyramid_scratch", *kinds)(at)
+        record.set("scratch", aligned(self.context.team.size * size, self.context.working))
+        self.context.team.call(function("pyramid", *kinds), record, meeting=team)
 
     def _level(self, level: int, values: NDArray[Any], cval: float) -> Record:
         z, y, x = self._ways

@@ -70,30 +70,29 @@ template <class T, int WIDTH = 1> inline INLINE void transpose(Vector<T>* square
     }
 }
 // A row between its plain and its striped form; a plain row has room for a vector more.
-template <class T> void stripe(const T* plain, T* row, Index length) {
+template <class T, class Field> void stripe(const T* plain, Field* row, Index length) {
     constexpr Index N = LANES<T>;
     for (Index i = 0; i < length; i += N) {
         Vector<T> square[N];
         for (Index lane = 0; lane < N; ++lane) square[lane] = load(plain + lane * length + i);
         transpose<T>(square);
-        for (Index j = 0; j < std::min(N, length - i); ++j) store(row + (i + j) * N, square[j]);
+        for (Index j = 0; j < std::min(N, length - i); ++j) store_as<T>(row + (i + j) * N, square[j]);
     }
 }
-template <class T> void unstripe(const T* row, T* plain, Index length) {
+template <class T, class Field> void unstripe(const Field* row, T* plain, Index length) {
     constexpr Index N = LANES<T>;
     // What is written too much falls on the next stripe's first values, which come later.
     for (Index i = (length - 1) / N * N; i >= 0; i -= N) {
         Vector<T> square[N];
-        for (Index j = 0; j < N; ++j) square[j] = load(row + std::min(i + j, length - 1) * N);
+        for (Index j = 0; j < N; ++j) square[j] = load_as<T>(row + std::min(i + j, length - 1) * N);
         transpose<T>(square);
         for (Index lane = 0; lane < N; ++lane) store(plain + lane * length + i, square[lane]);
     }
 }
 
-// Rows of a plain field and of its striped copy.
+// Rows of a plain field and of its copy, striped for computing in T.
 template <class Field, class T> struct Rows {
-    Field* field;
-    T* copy;
+    Field *field, *copy;
     Index count, size;    // rows, and voxels of each
     Index length, first;  // vectors of a striped row, and the place of a row's first voxel
     double scale;         // of the copy

@@ -41,6 +41,15 @@ template <class T> inline INLINE Vector<T> load(const T* from) {
 template <class T> inline INLINE void store(T* to, Vector<T> value) {
     *reinterpret_cast<typename VectorOf<T>::anywhere*>(to) = value;
 }
+// The same for fields that are kept in a shorter type than they are computed in.
+template <class T, class Field> inline INLINE Vector<T> load_as(const Field* from) {
+    typedef Field Kept __attribute__((vector_size(LANES<T> * sizeof(Field)), aligned(sizeof(Field)), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const Kept*>(from), Vector<T>);
+}
+template <class T, class Field> inline INLINE void store_as(Field* to, Vector<T> value) {
+    typedef Field Kept __attribute__((vector_size(LANES<T> * sizeof(Field)), aligned(sizeof(Field)), may_alias));
+    *reinterpret_cast<Kept*>(to) = __builtin_convertvector(value, Kept);
+}
 template <class T> inline INLINE Vector<T> splat(T value) { return value - Vector<T>{}; }
 
 // a b + c, rounded once.
