@@ -138,7 +138,13 @@ class _Striped(ABC):
         return field
 
     def fused(
-        self, axes: list[Axis], length: int, copy: NDArray[Any], count: int, cval: float, team: Record
+        self,
+        axes: list[Axis],
+        length: int,
+        copy: NDArray[Any],
+        count: int,
+        cval: float,
+        team: Record,
     ) -> Record:
         """All but the move of fused steps of the striped `copy` along three axes."""
         working, types, kinds = self.context.working, self.types, (copy.dtype, self.context.working)
