@@ -123,23 +123,33 @@ public:
     }
     void move(Index z) const {
         const Index width = steps.width(), ring = steps.ring();
+        const T* const share = steps.move.share;
         // by one function, without a row of smooth values between
-        const bool at_once = std::is_same_v<T, Field> && steps.radius[0] && !steps.move.share;
-        const bool moves = steps.move.constraint != UNCONSTRAINED;
-        const auto across = at_once && moves ? smooth_across_of<T, T, true>(steps.radius[0])
-                                            : smooth_across_of<T, T, false>(steps.radius[0]);
+        const bool at_once = steps.radius[0] && steps.move.constraint != UNCONSTRAINED;
+        const auto moving = share ? smooth_across_of<T, T, Field, true, true>(steps.radius[0])
+                                  : smooth_across_of<T, T, Field, true>(steps.radius[0]);
+        const auto smoothing = smooth_across_of<T, T, T>(steps.radius[0]);
         const T *plane[2 * LARGEST_RADIUS + BATCH], *source[2 * LARGEST_RADIUS + BATCH];
         for (Index i = 0; i < ring; ++i) plane[i] = smoothed_plane(z + i - steps.radius[0]);
         for (Index y = first; y < last; ++y) {
             for (Index i = 0; i < ring; ++i)
                 source[i] = plane[i] == outside ? outside : plane[i] + (y - first) * width;
-            T* target[BATCH];
-            for (Index b = 0; b < BATCH; ++b) target[b] = smooth + b * width;
-            if constexpr (std::is_same_v<T, Field>)
-                for (Index b = 0; at_once && b < std::min<Index>(BATCH, steps.nz - z); ++b) target[b] = field(z + b, y);
-            if (across) across(source, target, steps.taps[0], width, 0, at_once ? steps.move.sign() : T(1));
-            for (Index b = 0; !at_once && b < std::min<Index>(BATCH, steps.nz - z); ++b)
-                steps.move.row(steps.field, across ? target[b] : source[b], field(z + b, y) - steps.field, width);
+            Field* target[BATCH];
+            T* smoothed[BATCH];
+            const T* shares[BATCH];
+            for (Index b = 0; b < BATCH; ++b) {
+                smoothed[b] = smooth + b * width;
+                target[b] = field(std::min(z + b, steps.nz - 1), y);
+                shares[b] = share ? share + (target[b] - steps.field) : nullptr;
+                if (z + b >= steps.nz) target[b] = reinterpret_cast<Field*>(smoothed[b]);  // spare room
+            }
+            if (at_once) {
+                moving(source, target, steps.taps[0], width, 0, steps.move.sign(), shares);
+                continue;
+            }
+            if (smoothing) smoothing(source, smoothed, steps.taps[0], width, 0, T(1), nullptr);
+            for (Index b = 0; b < std::min<Index>(BATCH, steps.nz - z); ++b)
+                steps.move.row(steps.field, smoothing ? smoothed[b] : source[b], target[b] - steps.field, width);
         }
     }
 
@@ -178,7 +188,7 @@ private:
         const Index width = steps.width(), ry = steps.radius[1], rx = steps.radius[2];
         // By the time that plane is smoothed its rows shall have come from memory.
         const Index ahead = step == 0 && z + 2 < steps.nz ? 2 * steps.ny * width : 0;
-        const auto across = smooth_across_of<T, Field, false>(ry);
+        const auto across = smooth_across_of<T, Field, T>(ry);
         const auto along = smooth_along_of<T>(rx);
         for (Index y = first; y < last; y += BATCH, plane += BATCH * width) {
             const Field* source[2 * LARGEST_RADIUS + BATCH];
@@ -186,7 +196,7 @@ private:
                 source[i] = row(z, std::min(y + i, steps.ny + 2 * ry - 1) - ry);
             T* target[BATCH];
             for (Index b = 0; b < BATCH; ++b) target[b] = rx ? rows + b * steps.row_size() : plane + b * width;
-            if (across) across(source, target, steps.taps[1], width, ahead, T(1));
+            if (across) across(source, target, steps.taps[1], width, ahead, T(1), nullptr);
             for (Index b = 0; b < std::min<Index>(BATCH, last - y); ++b) {
                 if (!across) std::copy_n(source[b], width, target[b]);
                 if (!along) continue;

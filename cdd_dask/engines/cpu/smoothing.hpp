@@ -26,6 +26,11 @@ template <class T> inline INLINE Vector<T> moved(Vector<T> old, Vector<T> smooth
     return height > 0 ? less : height < 0 ? more : old;
 }
 
+// What is left of a smooth value by the `share` of its kernel that is not blank, see `Move`.
+template <class Field, class T> inline INLINE Vector<T> normalised(Vector<T> smooth, Vector<T> share) {
+    return sizeof(Field) < sizeof(T) ? smooth * share : smooth / share;
+}
+
 // Smooth BATCH vectors, of which value(b, j) is what lies at distance j from the middle of the b-th.
 // `taps` are the factors of the differences, 2 w_j or w_j, each in a whole vector. Their sums
 // grow together: one alone would wait for its own last addition.
@@ -46,22 +51,26 @@ inline INLINE void smooth(const Vector<T>* taps, Value value, Vector<T>* result)
 }
 
 // Smooth BATCH rows of `count` values: row b of the target across the rows b to b + 2 R of the
-// source. With MOVES the target's values are not replaced but moved to the smooth ones; without,
-// what lies `ahead` values further is wanted soon.
-template <class T, class Field, int R, bool MOVES>
-void smooth_across(const Field* const* source, T* const* target, const Vector<T>* taps, Index count, Index ahead, T sign) {
+// source. With MOVES the target's values are not replaced but moved to the smooth ones, which with
+// BLANKS are normalised by `share`; without, what lies `ahead` values further is wanted soon.
+template <class T, class Source, class Target, int R, bool MOVES, bool BLANKS>
+void smooth_across(const Source* const* source, Target* const* target, const Vector<T>* taps, Index count,
+                   Index ahead, T sign, const T* const* share) {
     // In arrays of its own, so that the compiler sees that no store changes them.
-    const Field* from[2 * R + BATCH];
-    T* to[BATCH];
+    const Source* from[2 * R + BATCH];
+    const T* by[BATCH];
+    Target* to[BATCH];
     for (int i = 0; i < 2 * R + BATCH; ++i) from[i] = source[i] + count;
     for (int b = 0; b < BATCH; ++b) to[b] = target[b] + count;
+    for (int b = 0; BLANKS && b < BATCH; ++b) by[b] = share[b] + count;
     const Vector<T> signs = splat(sign);
     for (Index x = -count; x < 0; x += LANES<T>) {
         Vector<T> result[BATCH];
         smooth<T, R>(taps, [&](int b, auto j) INLINE { return load_as<T>(from[b + R + j] + x); }, result);
         for (int b = 0; b < BATCH; ++b) {
             if constexpr (!MOVES) __builtin_prefetch(from[b + R] + x + ahead);
-            store(to[b] + x, MOVES ? moved<T>(load(to[b] + x), result[b], signs) : result[b]);
+            if constexpr (BLANKS) result[b] = normalised<Target, T>(result[b], load(by[b] + x));
+            store_as<T>(to[b] + x, MOVES ? moved<T>(load_as<T>(to[b] + x), result[b], signs) : result[b]);
         }
     }
 }
@@ -76,13 +85,15 @@ template <class T, int R> void smooth_along(const T* source, T* target, const Ve
     }
 }
 
-template <class T, class Field> using SmoothAcross = decltype(&smooth_across<T, Field, 1, false>);
+template <class T, class Source, class Target>
+using SmoothAcross = decltype(&smooth_across<T, Source, Target, 1, false, false>);
 template <class T> using SmoothAlong = decltype(&smooth_along<T, 1>);
 // These functions for a radius that is known only now; null for 0, and never asked for larger ones.
-template <class T, class Field, bool MOVES, int R = LARGEST_RADIUS>
-SmoothAcross<T, Field> smooth_across_of(Index radius) {
+template <class T, class Source, class Target, bool MOVES = false, bool BLANKS = false, int R = LARGEST_RADIUS>
+SmoothAcross<T, Source, Target> smooth_across_of(Index radius) {
     if constexpr (R == 0) return nullptr;
-    else return radius == R ? &smooth_across<T, Field, R, MOVES> : smooth_across_of<T, Field, MOVES, R - 1>(radius);
+    else if (radius == R) return &smooth_across<T, Source, Target, R, MOVES, BLANKS>;
+    else return smooth_across_of<T, Source, Target, MOVES, BLANKS, R - 1>(radius);
 }
 template <class T, int R = LARGEST_RADIUS> SmoothAlong<T> smooth_along_of(Index radius) {
     if constexpr (R == 0) return nullptr;
@@ -107,7 +118,7 @@ private:
         const Vector<T> signs = splat(sign());
         for (Index x = 0; x < count; x += LANES<T>) {
             Vector<T> value = load(smooth + x);
-            if constexpr (BLANKS) value = sizeof(Field) < sizeof(T) ? value * load(share_ + x) : value / load(share_ + x);
+            if constexpr (BLANKS) value = normalised<Field, T>(value, load(share_ + x));
             if (constraint != UNCONSTRAINED) value = moved<T>(load_as<T>(field + x), value, signs);
             store_as<T>(field + x, value);
         }

@@ -30,7 +30,7 @@ BATCH = 4
 """Rows, or planes, that compiled code smooths at once."""
 MOST_ROWS = 32
 """Rows of a tile, at most."""
-CACHE = 1_200_000
+CACHE = 1_500_000
 """Bytes that a tile's planes may take in all steps of a visit, to stay in the cache."""
 WIDTH, CHUNK = 64, 512
 """Lines smoothed together and values summed at once, as in ``separable_step.hpp``."""
