@@ -116,7 +116,7 @@ def test_a_thread_that_cannot_start_stops_the_others(monkeypatch: pytest.MonkeyP
     """Threads wait for each other: what has begun ends, and the error comes through."""
     monkeypatch.setattr(thread_team, "threads", 3)
     kernel, kind = smoothing_kernel("discrete", 0.7), np.dtype(np.float32)
-    submit, steps = thread_team.ThreadPoolExecutor.submit, library.function("fused", kind)
+    submit, steps = thread_team.ThreadPoolExecutor.submit, library.function("fused", kind, kind)
     started: list[Any] = []
 
     def one_only(self: Any, *args: Any) -> Any:

@@ -64,7 +64,7 @@ template <class T, class Field = T> struct FusedSteps {
     // the same cache lines.
     Index plane_size() const { return rows * width() + BATCH * LANES<T>; }
     Index row_size() const { return (ends.length - 2 * ends.begin + 2 + BATCH) * LANES<T>; }
-    Index scratch_size() const { return BATCH * row_size() + (BATCH + 2) * width() + depth * planes() * plane_size(); }
+    Index scratch_size() const { return BATCH * row_size() + 3 * width() + depth * planes() * plane_size(); }
     // One more if planes wrap around: a tile then saves the last ones before its slot's reader is done.
     Index saved_slots() const { return std::min(team->size, visits() * tiles()) + (wraps[0] ? 1 : 0); }
     Index slot_size() const { return nz * radius[1] * width(); }
@@ -86,8 +86,8 @@ template <class T, class Field> class TileStep {
     // Saved rows for the next tile, by the one before (with one thread in the same slot, read before
     // they are replaced), and by the first one, where rows wrap around.
     Field *const saved, *const saved_before, *const saved_first;
-    T *const planes, *const rows, *const smooth, *const outside;
-    Field* const outside_field;
+    T *const planes, *const rows, *const outside;
+    Field *const outside_field, *const spare;
     Index next = 0;  // the plane to smooth next
 
 public:
@@ -97,10 +97,10 @@ public:
           last(std::clamp((tile + 1) * s.rows - step_ * s.skew, Index(0), s.ny)),
           saved(slot(number)), saved_before(slot(number + s.saved_slots() - 1)),
           saved_first(s.saved + s.saved_slots() * s.depth * s.slot_size()),
-          planes(scratch + BATCH * s.row_size() + (BATCH + 2) * s.width() + step_ * s.planes() * s.plane_size()),
+          planes(scratch + BATCH * s.row_size() + 3 * s.width() + step_ * s.planes() * s.plane_size()),
           rows(scratch - s.ends.begin * LANES<T> + LANES<T>),
-          smooth(scratch + BATCH * s.row_size()), outside(smooth + BATCH * s.width()),
-          outside_field(reinterpret_cast<Field*>(outside + s.width())) {
+          outside(scratch + BATCH * s.row_size()), outside_field(reinterpret_cast<Field*>(outside + s.width())),
+          spare(outside_field + s.width()) {
         std::fill_n(outside, s.width(), s.ends.outside);
         std::fill_n(outside_field, s.width(), Field(s.ends.outside));
     }
@@ -124,32 +124,21 @@ public:
     void move(Index z) const {
         const Index width = steps.width(), ring = steps.ring();
         const T* const share = steps.move.share;
-        // by one function, without a row of smooth values between
-        const bool at_once = steps.radius[0] && steps.move.constraint != UNCONSTRAINED;
-        const auto moving = share ? smooth_across_of<T, T, Field, true, true>(steps.radius[0])
-                                  : smooth_across_of<T, T, Field, true>(steps.radius[0]);
-        const auto smoothing = smooth_across_of<T, T, T>(steps.radius[0]);
-        const T *plane[2 * LARGEST_RADIUS + BATCH], *source[2 * LARGEST_RADIUS + BATCH];
+        auto across = smooth_across_of<T, T, Field, true>(steps.radius[0]);
+        if constexpr (std::is_same_v<T, double>)  // there is no share where computing is in float
+            if (share) across = smooth_across_of<T, T, Field, true, true>(steps.radius[0]);
+        const T *plane[2 * LARGEST_RADIUS + BATCH], *source[2 * LARGEST_RADIUS + BATCH], *shares[BATCH];
+        Field* target[BATCH];
         for (Index i = 0; i < ring; ++i) plane[i] = smoothed_plane(z + i - steps.radius[0]);
         for (Index y = first; y < last; ++y) {
             for (Index i = 0; i < ring; ++i)
                 source[i] = plane[i] == outside ? outside : plane[i] + (y - first) * width;
-            Field* target[BATCH];
-            T* smoothed[BATCH];
-            const T* shares[BATCH];
             for (Index b = 0; b < BATCH; ++b) {
-                smoothed[b] = smooth + b * width;
                 target[b] = field(std::min(z + b, steps.nz - 1), y);
-                shares[b] = share ? share + (target[b] - steps.field) : nullptr;
-                if (z + b >= steps.nz) target[b] = reinterpret_cast<Field*>(smoothed[b]);  // spare room
+                if (share) shares[b] = share + (target[b] - steps.field);
+                if (z + b >= steps.nz) target[b] = spare;
             }
-            if (at_once) {
-                moving(source, target, steps.taps[0], width, 0, steps.move.sign(), shares);
-                continue;
-            }
-            if (smoothing) smoothing(source, smoothed, steps.taps[0], width, 0, T(1), nullptr);
-            for (Index b = 0; b < std::min<Index>(BATCH, steps.nz - z); ++b)
-                steps.move.row(steps.field, smoothing ? smoothed[b] : source[b], target[b] - steps.field, width);
+            across(source, target, steps.taps[0], width, 0, steps.move.constraint, shares);
         }
     }
 
@@ -196,10 +185,8 @@ private:
                 source[i] = row(z, std::min(y + i, steps.ny + 2 * ry - 1) - ry);
             T* target[BATCH];
             for (Index b = 0; b < BATCH; ++b) target[b] = rx ? rows + b * steps.row_size() : plane + b * width;
-            if (across) across(source, target, steps.taps[1], width, ahead, T(1), nullptr);
-            for (Index b = 0; b < std::min<Index>(BATCH, last - y); ++b) {
-                if (!across) std::copy_n(source[b], width, target[b]);
-                if (!along) continue;
+            across(source, target, steps.taps[1], width, ahead, UNCONSTRAINED, nullptr);
+            for (Index b = 0; rx && b < std::min<Index>(BATCH, last - y); ++b) {
                 steps.ends.extend(target[b]);
                 along(target[b], plane + b * width, steps.taps[2], width);  // the next row comes after it
             }

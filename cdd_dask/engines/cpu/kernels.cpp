@@ -17,37 +17,28 @@
 
 using namespace cdd;
 
-#define OF_TYPES(SUFFIX, FIELD, T)                                                                          \
-    EXPORT Index cdd_fused_scratch_##SUFFIX(const FusedSteps<T, FIELD>* steps) {                            \
-        return steps->scratch_size();                                                                       \
-    }                                                                                                       \
-    EXPORT Index cdd_fused_saved_##SUFFIX(const FusedSteps<T, FIELD>* steps) { return steps->saved_size(); } \
-    EXPORT Index cdd_fused_tiles_##SUFFIX(const FusedSteps<T, FIELD>* steps) {                              \
-        return steps->visits() * steps->tiles();                                                            \
-    }                                                                                                       \
-    EXPORT void cdd_fused_##SUFFIX(const FusedSteps<T, FIELD>* steps, Index thread) { steps->run(thread); } \
-    EXPORT Index cdd_pyramid_scratch_##SUFFIX(const Pyramid<T, FIELD>* steps) {                             \
-        return steps->scratch_size();                                                                       \
-    }                                                                                                       \
-    EXPORT void cdd_pyramid_##SUFFIX(const Pyramid<T, FIELD>* steps, Index thread) { steps->run(thread); }  \
-    EXPORT void cdd_to_striped_##SUFFIX(const Rows<FIELD, T>* rows, Index thread, Index size) {             \
-        rows->to_striped(thread, Part(rows->count, thread, size));                                          \
-    }                                                                                                       \
-    EXPORT void cdd_to_plain_##SUFFIX(const Rows<FIELD, T>* rows, Index thread, Index size) {               \
-        rows->to_plain(thread, Part(rows->count, thread, size));                                            \
-    }                                                                                                       \
-    EXPORT void cdd_smooth_axis_##SUFFIX(const SmoothAxis<FIELD, T>* axis, Index thread, Index size) {      \
-        axis->run(thread, Part(axis->lines, thread, size));                                                 \
-    }                                                                                                       \
-    EXPORT void cdd_move_##SUFFIX(const MovePlain<FIELD, T>* move, Index thread, Index size) {              \
-        move->run(Part(move->count, thread, size));                                                         \
+// A function that takes a structure, the number of a thread, and how many threads there are.
+#define FUNCTION(NAME, WORK, ...)                                                                        \
+    EXPORT Index cdd_##NAME(const __VA_ARGS__* it, [[maybe_unused]] Index thread, [[maybe_unused]] Index size) { \
+        WORK;                                                                                            \
+        return 0;                                                                                        \
     }
+#define OF_TYPES(SUFFIX, FIELD, T)                                                                       \
+    FUNCTION(fused_scratch_##SUFFIX, return it->scratch_size(), FusedSteps<T, FIELD>)                    \
+    FUNCTION(fused_saved_##SUFFIX, return it->saved_size(), FusedSteps<T, FIELD>)                        \
+    FUNCTION(fused_tiles_##SUFFIX, return it->visits() * it->tiles(), FusedSteps<T, FIELD>)              \
+    FUNCTION(fused_##SUFFIX, it->run(thread), FusedSteps<T, FIELD>)                                      \
+    FUNCTION(pyramid_scratch_##SUFFIX, return it->scratch_size(), Pyramid<T, FIELD>)                     \
+    FUNCTION(pyramid_##SUFFIX, it->run(thread), Pyramid<T, FIELD>)                                       \
+    FUNCTION(to_striped_##SUFFIX, it->to_striped(thread, {it->count, thread, size}), Rows<FIELD, T>)     \
+    FUNCTION(to_plain_##SUFFIX, it->to_plain(thread, {it->count, thread, size}), Rows<FIELD, T>)         \
+    FUNCTION(smooth_axis_##SUFFIX, it->run(thread, {it->lines, thread, size}), SmoothAxis<FIELD, T>)     \
+    FUNCTION(move_##SUFFIX, it->run({it->count, thread, size}), MovePlain<FIELD, T>)
 
-EXPORT Index cdd_lanes_f() { return LANES<float>; }
-EXPORT Index cdd_lanes_d() { return LANES<double>; }
 OF_TYPES(ff, float, float)
 OF_TYPES(fd, float, double)
 OF_TYPES(dd, double, double)
+EXPORT Index cdd_vector_bytes() { return VECTOR_BYTES; }
 
 // Whether this processor runs code for that instruction set. (Zig lacks __builtin_cpu_supports.)
 EXPORT Index cdd_runs(const char* name) {

@@ -28,23 +28,6 @@ LINE = 64
 CONSTRAINTS = {"unconstrained": 0, "constrained": 1, "inverted": 2}
 """As ``smoothing.hpp`` numbers them."""
 
-
-_INTEGER, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
-_ARGUMENTS: dict[str, list[Any]] = {
-    "lanes": [],
-    **{
-        name: [_ADDRESS]
-        for name in ("fused_scratch", "fused_saved", "fused_tiles", "pyramid_scratch")
-    },
-    **{name: [_ADDRESS, _INTEGER] for name in ("fused", "pyramid")},
-    **{
-        name: [_ADDRESS, _INTEGER, _INTEGER]
-        for name in ("to_striped", "to_plain", "smooth_axis", "move")
-    },
-}
-"""Parameters of the functions in ``kernels.cpp``: a structure, a thread, how many there are."""
-
-
 _STRUCTURES = {
     "Team": "size:int abandoned:int arrived:int passed:int",
     "Rows": "field:at copy:at count:int size:int length:int first:int scale:double mask:bool "
@@ -109,20 +92,26 @@ def instruction_set() -> str:
 
 
 @cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_present()[instruction_set()]))
+
+
+@cache
 def function(name: str, *types: Any) -> Any:
     """A compiled function for a field's type and that of what is computed from it.
 
-    Calls take integers and addresses, and release Python's lock.
+    Calls take a structure's address, the number of a thread and how many there are, and release
+    Python's lock.
     """
-    library = ctypes.CDLL(str(_present()[instruction_set()]))
-    result = getattr(library, f"cdd_{name}_{''.join(np.dtype(t).char for t in types)}")
-    result.argtypes, result.restype = _ARGUMENTS[name], ctypes.c_int64
+    result = _library()[f"cdd_{name}_{''.join(np.dtype(t).char for t in types)}"]
+    result.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    result.restype = ctypes.c_int64
     return result
 
 
 def lanes(dtype: Any) -> int:
     """Values of a vector."""
-    return int(function("lanes", dtype)())
+    return int(_library().cdd_vector_bytes()) // np.dtype(dtype).itemsize
 
 
 def aligned(shape: int | tuple[int, ...], dtype: Any) -> NDArray[Any]:

@@ -19,11 +19,12 @@ constexpr int LARGEST_RADIUS = 16;  // of the kernels that are unrolled
 // How values move to the smooth ones: all the way, only towards 0, or only away from it.
 enum Constraint : Index { UNCONSTRAINED, CONSTRAINED, INVERTED };
 
-// The value `old` moved to `smooth`, where `sign` is 1 if values sink towards 0, -1 if they rise.
-template <class T> inline INLINE Vector<T> moved(Vector<T> old, Vector<T> smooth, Vector<T> sign) {
+// The value `old` moved to `smooth`.
+template <class T> inline INLINE Vector<T> moved(Index constraint, Vector<T> old, Vector<T> smooth) {
+    if (constraint == UNCONSTRAINED) return smooth;
     const Vector<T> less = smooth < old ? smooth : old, more = smooth > old ? smooth : old;
-    const Vector<T> height = old * sign;
-    return height > 0 ? less : height < 0 ? more : old;
+    const bool sinks = constraint == CONSTRAINED;  // towards 0
+    return old > 0 ? (sinks ? less : more) : old < 0 ? (sinks ? more : less) : old;
 }
 
 // What is left of a smooth value by the `share` of its kernel that is not blank, see `Move`.
@@ -37,6 +38,8 @@ template <class Field, class T> inline INLINE Vector<T> normalised(Vector<T> smo
 template <class T, int R, class Value>
 inline INLINE void smooth(const Vector<T>* taps, Value value, Vector<T>* result) {
     constexpr std::integral_constant<int, 0> middle;
+    if constexpr (R == 0)
+        for (int b = 0; b < BATCH; ++b) result[b] = Vector<T>{};
     unrolled<R>([&](auto outer) INLINE {
         constexpr std::integral_constant<int, R - outer> j;
         constexpr std::integral_constant<int, -j> minus_j;
@@ -55,7 +58,7 @@ inline INLINE void smooth(const Vector<T>* taps, Value value, Vector<T>* result)
 // BLANKS are normalised by `share`; without, what lies `ahead` values further is wanted soon.
 template <class T, class Source, class Target, int R, bool MOVES, bool BLANKS>
 void smooth_across(const Source* const* source, Target* const* target, const Vector<T>* taps, Index count,
-                   Index ahead, T sign, const T* const* share) {
+                   Index ahead, Index constraint, const T* const* share) {
     // In arrays of its own, so that the compiler sees that no store changes them.
     const Source* from[2 * R + BATCH];
     const T* by[BATCH];
@@ -63,14 +66,13 @@ void smooth_across(const Source* const* source, Target* const* target, const Vec
     for (int i = 0; i < 2 * R + BATCH; ++i) from[i] = source[i] + count;
     for (int b = 0; b < BATCH; ++b) to[b] = target[b] + count;
     for (int b = 0; BLANKS && b < BATCH; ++b) by[b] = share[b] + count;
-    const Vector<T> signs = splat(sign);
     for (Index x = -count; x < 0; x += LANES<T>) {
         Vector<T> result[BATCH];
         smooth<T, R>(taps, [&](int b, auto j) INLINE { return load_as<T>(from[b + R + j] + x); }, result);
         for (int b = 0; b < BATCH; ++b) {
             if constexpr (!MOVES) __builtin_prefetch(from[b + R] + x + ahead);
             if constexpr (BLANKS) result[b] = normalised<Target, T>(result[b], load(by[b] + x));
-            store_as<T>(to[b] + x, MOVES ? moved<T>(load_as<T>(to[b] + x), result[b], signs) : result[b]);
+            store_as<T>(to[b] + x, MOVES ? moved<T>(constraint, load_as<T>(to[b] + x), result[b]) : result[b]);
         }
     }
 }
@@ -88,16 +90,17 @@ template <class T, int R> void smooth_along(const T* source, T* target, const Ve
 template <class T, class Source, class Target>
 using SmoothAcross = decltype(&smooth_across<T, Source, Target, 1, false, false>);
 template <class T> using SmoothAlong = decltype(&smooth_along<T, 1>);
-// These functions for a radius that is known only now; null for 0, and never asked for larger ones.
+// These functions for a radius that is known only now, at most LARGEST_RADIUS; along rows from 1 on.
 template <class T, class Source, class Target, bool MOVES = false, bool BLANKS = false, int R = LARGEST_RADIUS>
 SmoothAcross<T, Source, Target> smooth_across_of(Index radius) {
-    if constexpr (R == 0) return nullptr;
-    else if (radius == R) return &smooth_across<T, Source, Target, R, MOVES, BLANKS>;
-    else return smooth_across_of<T, Source, Target, MOVES, BLANKS, R - 1>(radius);
+    if constexpr (R > 0)
+        if (radius < R) return smooth_across_of<T, Source, Target, MOVES, BLANKS, R - 1>(radius);
+    return &smooth_across<T, Source, Target, R, MOVES, BLANKS>;
 }
 template <class T, int R = LARGEST_RADIUS> SmoothAlong<T> smooth_along_of(Index radius) {
-    if constexpr (R == 0) return nullptr;
-    else return radius == R ? &smooth_along<T, R> : smooth_along_of<T, R - 1>(radius);
+    if constexpr (R > 1)
+        if (radius < R) return smooth_along_of<T, R - 1>(radius);
+    return &smooth_along<T, R>;
 }
 
 // How a row of a field moves to its smooth copy.
@@ -111,16 +114,13 @@ template <class T> struct Move {
     template <class Field> void row(Field* field, const T* smooth, Index place, Index count) const {
         share ? with<true>(field + place, smooth, share + place, count) : with<false>(field + place, smooth, share, count);
     }
-    T sign() const { return constraint == INVERTED ? T(-1) : T(1); }
 
 private:
     template <bool BLANKS, class Field> void with(Field* field, const T* smooth, const T* share_, Index count) const {
-        const Vector<T> signs = splat(sign());
         for (Index x = 0; x < count; x += LANES<T>) {
             Vector<T> value = load(smooth + x);
             if constexpr (BLANKS) value = normalised<Field, T>(value, load(share_ + x));
-            if (constraint != UNCONSTRAINED) value = moved<T>(load_as<T>(field + x), value, signs);
-            store_as<T>(field + x, value);
+            store_as<T>(field + x, moved<T>(constraint, load_as<T>(field + x), value));
         }
     }
 };

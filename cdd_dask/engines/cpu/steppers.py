@@ -119,7 +119,7 @@ class _Striped(ABC):
                 field=field, copy=copy, count=rows, size=self.shape[2], length=self.length,
                 first=self.first, scale=context.scale, mask=mask, scratch=scratch,
             )  # fmt: skip
-            team.call(function(name, *kinds), record, team.size)
+            team.call(function(name, *kinds), record)
 
         move = self.types.Move(constraint=CONSTRAINTS[constraint])
         if blanks:
@@ -169,7 +169,9 @@ class _Striped(ABC):
             count=count, depth=depth, skew=skew, rows=rows, wraps=wraps, team=team, field=copy,
         )  # fmt: skip
         at = ctypes.byref(record)
-        sizes = [function(f"fused_{name}", *kinds)(at) for name in ("scratch", "saved", "tiles")]
+        sizes = [
+            function(f"fused_{name}", *kinds)(at, 0, 1) for name in ("scratch", "saved", "tiles")
+        ]
         record.set("scratch", aligned(threads * sizes[0], working))
         record.set("saved", aligned(sizes[1], copy.dtype))
         record.set("progress", np.zeros(sizes[2], np.int64))
@@ -268,7 +270,7 @@ class Pyramid(_Striped):
             last=integers(last), team=team,
         )  # fmt: skip
         at = ctypes.byref(record)
-        size = function("pyramid_scratch", *kinds)(at)
+        size = function("pyramid_scratch", *kinds)(at, 0, 1)
         record.set("scratch", aligned(self.context.team.size * size, self.context.working))
         self.context.team.call(function("pyramid", *kinds), record, meeting=team)
 
@@ -383,7 +385,7 @@ class Separable:
             move.set("share", share)
         for _ in range(count):
             self._smooth_all(field, context.cval * context.scale)
-            context.team.call(function("move", *kinds), move, context.team.size)
+            context.team.call(function("move", *kinds), move)
         field /= context.scale
         if blanks:
             field.reshape(self._shape)[blank] = np.nan
@@ -400,5 +402,5 @@ class Separable:
                 sums=aligned(team.size * CHUNK, working), lines=source.size // axis.size,
                 source=integers(_extended(axis, radius, radius)),
             )  # fmt: skip
-            team.call(function("smooth_axis", source.dtype, working), record, team.size)
+            team.call(function("smooth_axis", source.dtype, working), record)
             source = self._smooth

@@ -34,19 +34,19 @@ class ThreadTeam:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def call(self, code: Any, record: ctypes.Structure, *more: int, meeting: Any = None) -> None:
-        """Call the compiled ``code(record, thread, *more)`` for all threads at once.
+    def call(self, code: Any, record: ctypes.Structure, meeting: Any = None) -> None:
+        """Call the compiled ``code(record, thread, size)`` for all threads at once.
 
         Where they wait for each other it is in the record `meeting`: if a thread cannot be
         started, the others are told there.
         """
         at = ctypes.byref(record)
         if self._pool is None:
-            code(at, 0, *more)
+            code(at, 0, 1)
             return
         try:
-            others = [self._pool.submit(code, at, i, *more) for i in range(1, self.size)]
-            code(at, 0, *more)
+            others = [self._pool.submit(code, at, i, self.size) for i in range(1, self.size)]
+            code(at, 0, self.size)
         except BaseException:
             if meeting is not None:
                 meeting.abandoned = 1
