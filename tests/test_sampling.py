@@ -148,7 +148,13 @@ def test_upsampled_channels(tmp_path: Path, upsample: int, boundary: str):
 @pytest.mark.usefixtures("free_passes")
 @pytest.mark.parametrize(
     "options",
-    [{}, {"boundary": "wrap"}, pytest.param({"inverted": True}, marks=pytest.mark.slow)],
+    [
+        {},
+        *(
+            pytest.param(o, marks=pytest.mark.slow)
+            for o in ({"boundary": "wrap"}, {"inverted": True})
+        ),
+    ],
     ids=str,
 )
 def test_coarse_kernels_are_judged_by_l2(tmp_path: Path, options: dict[str, Any]):

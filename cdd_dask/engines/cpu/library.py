@@ -111,7 +111,7 @@ def function(name: str, *types: Any) -> Any:
 
 def lanes(dtype: Any) -> int:
     """Values of a vector."""
-    return int(_library().cdd_vector_bytes()) // np.dtype(dtype).itemsize
+    return int(_library().cdd_vector_bytes() // np.dtype(dtype).itemsize)
 
 
 def aligned(shape: int | tuple[int, ...], dtype: Any) -> NDArray[Any]:
