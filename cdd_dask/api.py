@@ -56,6 +56,7 @@ def decompose(
     e_rel: float = 3e-2,
     constrained: bool = True,
     inverted: bool = False,
+    crossing: bool = False,
     kernel: str = "discrete",
     boundary: str = "reflect",
     cval: float = 0.0,
@@ -114,9 +115,14 @@ def decompose(
         Largest step in time relative to the time where a channel begins. Part of the method's
         definition: results are comparable at the same `e_rel` only.
     constrained
-        Apply the sign constraint (positive structures only shrink, negative only grow).
+        Apply the sign constraint: positive voxels only sink, negative ones only rise, and none
+        crosses zero, so that every output has the sign of the field, voxel by voxel.
     inverted
         Invert the constraint; counts only when constrained.
+    crossing
+        Let voxels cross zero within a step, as the package ``constrained-diffusion`` does, to
+        compare with it. Counts only when constrained and not inverted; on a field of one sign it
+        changes nothing.
     kernel
         ``"discrete"``: the discrete Gaussian (Lindeberg 1990), right at every scale;
         ``"sampled"``: a sampled Gaussian, for comparison with other software.
@@ -127,10 +133,10 @@ def decompose(
         Value beyond the edge for ``boundary="constant"``, in the field's unit.
     rtol
         Error that cutting into blocks may cause, relative to the field's range. 0 gives
-        the same bits for every choice of blocks. The bound holds for fields of one sign and
-        for inverted and unconstrained ones, without blank voxels; for others it is an estimate,
-        and the plan says so. From 1e-4 on, the CPU engine smooths with wide kernels on a coarser
-        grid, which changes a channel by up to 2e-4 of its L2 norm (1e-3 if inverted).
+        the same bits for every choice of blocks. It is a bound, but an estimate with blank voxels,
+        with `crossing`, and where the plan says so. From 1e-4 on, the CPU engine smooths with wide
+        kernels on a coarser grid, which changes a channel by up to 2e-4 of its L2 norm (1e-3 if
+        inverted).
     dtype
         Working type, ``"float32"`` or ``"float64"``.
     axes
@@ -231,7 +237,7 @@ def decompose(
         identity = source_identity(opened)
         begun = None if overwrite else find_begun(address)
         if begun is not None:
-            made = begun.plan(*request, identity, folder)
+            made = begun.plan(*request, opened, identity, folder)
             folder = folder or begun.scratch
             if begun.complete:
                 _clean_up_after_others(made, begun)
@@ -290,6 +296,7 @@ def plan(
     e_rel: float = 3e-2,
     constrained: bool = True,
     inverted: bool = False,
+    crossing: bool = False,
     kernel: str = "discrete",
     boundary: str = "reflect",
     cval: float = 0.0,

@@ -142,7 +142,8 @@ def _mapping(
 _SHAPE = _list(_whole(1), 1)
 _COUNTS = _list(_whole())
 _STATISTICS = _mapping(
-    {"count": _whole(), **dict.fromkeys(("sum", "sum_abs", "sum_squares", "min", "max"), _sum)}
+    {"count": _whole(), **dict.fromkeys(("sum", "sum_abs", "sum_squares", "min", "max"), _sum)},
+    {"negative": _whole()},
 )
 _MANY = _list(_whole(), 0, sys.maxsize)
 _TYPES = {
@@ -343,12 +344,12 @@ def _check_scratch(scratch: str | None) -> None:
 
 def _check_parameters(stated: dict[str, Any], edges: list[float], shape: tuple[int, ...]) -> None:
     known = {field.name for field in fields(Parameters)}
-    if odd := set(stated) ^ known:
+    if odd := (set(stated) | {"crossing"}) ^ known:  # which stores were begun without
         raise ValueError(f"its attribute parameters.{min(odd)} is missing or unknown")
     if stated["unit"] is not None:
         _text("parameters.unit", stated["unit"])
     try:
-        parameters = Parameters(**stated).resolved(len(shape))
+        parameters = Parameters.of_dict(stated).resolved(len(shape))
         expected = scale_edges(parameters, shape)
     except (InputError, TypeError, ArithmeticError) as error:
         raise ValueError(f"its attribute parameters cannot be used: {error}") from error

@@ -188,6 +188,8 @@ class Evolution:
     """Cells around the others that voxels need, per axis: 1 where the grid is halved."""
     sign: int
     """1 or -1 where all voxels have that sign, 0 where both occur."""
+    crossing: bool
+    """Whether they may cross zero: none of a new run's do."""
     masked: bool
     """Whether there are blank voxels, so that the smooth field is normalised."""
     smooth: Smooth
@@ -278,7 +280,7 @@ def evolved(
         else:
             change = how.smooth(smooth - reference, spread)[inner]
             means[...] = cells.base
-            move_groups(cells.groups, weights, change, means, level, how.sign)
+            move_groups(cells.groups, weights, change, means, level, how)
 
 
 def move_groups(
@@ -287,7 +289,7 @@ def move_groups(
     change: NDArray[Any],
     means: NDArray[Any],
     level: NDArray[Any] | None,
-    sign: int,
+    how: Evolution,
 ) -> None:
     """One step of the groups, in place, and their weighted sum added to `means`.
 
@@ -303,16 +305,18 @@ def move_groups(
         What is left of the cells' means without the groups.
     level
         What the groups deviate from, on average; None where all voxels have one sign.
-    sign
-        That sign, or 0.
+    how
+        Gives that sign, and the rule.
     """
     for group, weight in zip(groups, weights, strict=True):
         if level is None:
-            (np.minimum if sign > 0 else np.maximum)(group, change, out=group)
-        else:
+            (np.minimum if how.sign > 0 else np.maximum)(group, change, out=group)
+        elif how.crossing:
             value = group + level
             np.minimum(group, change, out=group, where=value > 0)
             np.maximum(group, change, out=group, where=value < 0)
+        else:
+            np.clip(change, np.minimum(group, -level), np.maximum(group, -level), out=group)
         means += weight * group
 
 

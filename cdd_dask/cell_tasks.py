@@ -207,7 +207,7 @@ class CellWork:
         if constraint == "unconstrained":
             moved: NDArray[Any] = np.where(np.isnan(field), field, smooth)
             return moved
-        if constraint == "constrained" and sign:
+        if constraint != "inverted" and sign:
             (np.minimum if sign > 0 else np.maximum)(field, smooth, out=smooth)
             return smooth
         field = field.copy()
@@ -240,6 +240,7 @@ class CellWork:
             closure_kernels(self.steps, levels),
             self.halo,
             self.nature.sign,
+            self.parameters.constraint == "crossing",
             self.nature.masked,
             self._smooth_once,
         )

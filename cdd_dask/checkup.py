@@ -103,7 +103,7 @@ def doctor(
             else:
                 block = None if options.get("block") is None else made.block
                 request = made.parameters, made.volume, made.resources, block
-                made = begun.plan(*request, source_identity(opened), folder)
+                made = begun.plan(*request, opened, source_identity(opened), folder)
                 folder = folder or begun.scratch
         if folder is not None and begun is None:
             check_scratch(folder, address, made)

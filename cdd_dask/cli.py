@@ -94,6 +94,8 @@ OPTIONS = (
                  help="Whether the sign constraint is applied."),
     click.option("--inverted/--not-inverted", default=False, show_default=True,
                  help="Whether the constraint is inverted."),
+    click.option("--crossing/--not-crossing", default=False, show_default=True,
+                 help="Whether voxels may cross zero, as in the package constrained-diffusion."),
     click.option("--kernel", type=click.Choice(KERNELS), default="discrete", show_default=True,
                  help="Smoothing kernel."),
     click.option("--boundary", type=click.Choice(BOUNDARIES), default="reflect",
@@ -206,6 +208,7 @@ def plan(source: str, scheduler: str | None, as_json: bool, **options: Any) -> N
 def info(store: str, as_json: bool, allow_incomplete: bool) -> None:
     """What the decomposition in STORE is and holds."""
     from cdd_dask.decomposition import open_decomposition
+    from cdd_dask.statistics import Statistics
 
     result = open_decomposition(store, allow_incomplete=allow_incomplete)
     finished = result.attrs["complete"]
@@ -222,6 +225,9 @@ def info(store: str, as_json: bool, allow_incomplete: bool) -> None:
     if finished:
         click.echo(f"\n{result.table()}")
         click.echo(f"\nerror by blocks: {result.attrs['error']}, rtol {result.parameters.rtol:g}")
+        source = Statistics.of_dict(result.attrs["source_statistics"])
+        if source.negative:
+            click.echo(f"voxels below zero: {100 * source.negative / source.count:.3g}%")
         if note := _empty_blocks(result):
             click.echo(note)
 

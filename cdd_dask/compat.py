@@ -141,6 +141,7 @@ def constrained_diffusion_decomposition(
         kernel="sampled",
         constrained=bool(constrained),
         inverted=bool(inverted),
+        crossing=True,
         # what the other mode needs is ignored, whatever it is
         **(
             {"linear_scale_step": linear_scale_step}

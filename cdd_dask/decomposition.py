@@ -66,7 +66,7 @@ class Decomposition:
         check_root(address, known)
         self.attrs: Mapping[str, Any] = MappingProxyType(known)
         self.scales: NDArray[np.float64] = np.array(known["edges"], np.float64)
-        self.parameters = Parameters(**known["parameters"])
+        self.parameters = Parameters.of_dict(known["parameters"])
         self.unit = self.parameters.scale_unit
         grid = Grid(tuple(known["plan"]["volume"]["shape"]), tuple(known["plan"]["block"]))
         names = store.output_names(len(self.scales))

@@ -15,9 +15,9 @@ with the steps' kernels reaches the cut (first passage; Lévy's inequality)::
 where ``X_n`` is the sum of `n` draws from the kernels and the range includes `cval`. Steps that
 run without reading the neighbours in between, be they of one channel or of several, are a *pass*.
 
-It holds for fields of one sign, and for inverted and unconstrained ones of any. Beside blank
-voxels the walk is not the same everywhere; there a halo for an error `BLANK_MARGIN` times smaller
-is taken, and the error is an estimate.
+It does not hold where `crossing` lets voxels jump across zero; there the error is an estimate.
+Beside blank voxels the walk is not the same everywhere; there a halo for an error `BLANK_MARGIN`
+times smaller is taken, and the error is an estimate, too.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -56,6 +56,9 @@ class Parameters:
     """Apply the sign constraint after every smoothing step."""
     inverted: bool = False
     """Invert the constraint: positive voxels may only grow. Counts only when constrained."""
+    crossing: bool = False
+    """Let voxels cross zero within a step, as the package ``constrained-diffusion`` does. Counts
+    only when constrained and not inverted."""
     kernel: str = "discrete"
     """Smoothing kernel: ``discrete`` (Lindeberg's) or ``sampled`` (a sampled Gaussian)."""
     boundary: str = "reflect"
@@ -97,7 +100,7 @@ class Parameters:
             ("nan", BLANKS),
         ):
             check_choice(name, getattr(self, name), allowed)
-        for name in ("constrained", "inverted"):
+        for name in ("constrained", "inverted", "crossing"):
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         for name in ("min_scale", "max_scale", "linear_scale_step", "switch_scale"):
             if getattr(self, name) is not None:
@@ -256,10 +259,10 @@ class Parameters:
 
     @property
     def constraint(self) -> str:
-        """The rule a step applies: ``constrained``, ``inverted`` or ``unconstrained``."""
+        """The rule a step applies, see `engines.Engine`."""
         if not self.constrained:
             return "unconstrained"
-        return "inverted" if self.inverted else "constrained"
+        return "inverted" if self.inverted else "crossing" if self.crossing else "constrained"
 
     @property
     def itemsize(self) -> int:
@@ -269,6 +272,11 @@ class Parameters:
     def as_dict(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def of_dict(cls, values: Mapping[str, Any]) -> Parameters:
+        """From what `as_dict` gives. Before there was a choice, all runs let voxels cross zero."""
+        return cls(**{"crossing": True, **values})
 
 
 def check_number(

@@ -104,6 +104,8 @@ def _refuse(draft: Draft, grid: Grid, what: str, remedy: str) -> NoReturn:
         others += ", lower upsample"
     if draft.blank_depths != draft.depths:
         others += ', say nan="raise" if no voxel is blank'
+    if draft.parameters.constraint == "crossing":
+        others += ", leave crossing out"
     rtol = _rtol_that_would_do(draft)
     wider = "raise rtol" if rtol is None else f"raise rtol to {rtol:g}"
     if needed <= allowed:
@@ -197,8 +199,7 @@ def _error(draft: Draft, k: int, regime: Regime, depth: tuple[int, ...], cut: li
         if len(regime.parts) > 1:
             reach = reach // computed[0].count * max(regime.parts)
         if is_cut and depth[axis] * factor < reach:
-            one_sign = draft.parameters.constraint == "constrained"
-            return "bounded (one sign)" if one_sign else "bounded"
+            return "estimated" if draft.parameters.constraint == "crossing" else "bounded"
     return "exact"
 
 

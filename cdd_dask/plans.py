@@ -332,7 +332,7 @@ class Plan:
         block = tuple(values["block"])
         at_once = min(resources.tasks_per_budget, len(Grid(volume.shape, block)))
         return cls(
-            parameters=Parameters(**values["parameters"]),
+            parameters=Parameters.of_dict(values["parameters"]),
             volume=volume,
             resources=resources,
             edges=tuple(values["edges"]),
@@ -451,16 +451,10 @@ def describe_plan(plan: Plan) -> str:
 
 def describe_error(plan: Plan) -> list[str]:
     """What the plan promises of the error that blocks cause, where that depends on the data."""
-    conditions = []
-    if any("one sign" in stage.error for stage in plan.stages):
-        conditions.append("of one sign")
-    if plan.volume.may_be_masked(plan.parameters) and any(
-        stage.error != "exact" for stage in plan.stages
-    ):
-        conditions.append("without blank voxels")
-    if not conditions:
+    bounded = any(stage.error.startswith("bounded") for stage in plan.stages)
+    if not bounded or not plan.volume.may_be_masked(plan.parameters):
         return []
-    return [f"error      bounded for a field {' and '.join(conditions)}, else estimated"]
+    return ["error      bounded for a field without blank voxels, else estimated"]
 
 
 def format_seconds(seconds: float) -> str:

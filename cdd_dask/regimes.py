@@ -111,10 +111,13 @@ def split_halo(steps: Steps, count: int, rtol: float, passes: int) -> tuple[int,
 def coarse_regimes(parameters: Parameters) -> tuple[str, ...]:
     """The regimes on cells that `rtol` and the rules of the field allow.
 
-    Groups tell nothing of the voxels at a ``nearest`` face, which the field beyond follows, nor of
+    None where voxels cross zero, which is there to be compared with other software. Groups tell
+    nothing of the voxels at a ``nearest`` face, which the field beyond follows, nor of
     zeros in inverted fields, which stay while all around them grows.
     """
     rtol, constraint = parameters.rtol, parameters.constraint
+    if constraint == "crossing":
+        return ()
     follows = parameters.boundary == "nearest"
     allowed, exact = [], smallest_rtol(parameters)  # which steep faces raise
     if constraint == "constrained" and rtol >= max(CLOSURE_RTOL, exact) and not follows:

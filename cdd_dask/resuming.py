@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 import logging
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ from cdd_dask.memory import format_bytes
 from cdd_dask.objects import has_object
 from cdd_dask.parameters import Parameters
 from cdd_dask.plans import Pass, Plan, Resources, Volume
+from cdd_dask.readers import Source
+from cdd_dask.readers.fields import read_field
 from cdd_dask.seals import is_sealed
 from cdd_dask.statistics import Statistics
 from cdd_dask.working import (
@@ -75,7 +79,8 @@ class Begun:
         volume: Volume,
         resources: Resources,
         block: tuple[int, ...] | None,
-        source: dict[str, Any],
+        source: Source,
+        identity: dict[str, Any],
         scratch: str | None,
     ) -> Plan:
         """The plan that it was begun with, to be carried out with other resources.
@@ -86,8 +91,8 @@ class Begun:
             What is wanted now; None takes the blocks that there are.
         resources
             What the run may use now.
-        source
-            Identity of the source as it is now.
+        source, identity
+            The source, and what it is now.
         scratch
             Folder in which working fields shall lie; None leaves them where they are. Another one
             than before is taken if they were moved there, or are lost.
@@ -115,15 +120,33 @@ class Begun:
                 "(--overwrite)"
             )
         plan = Plan.of_dict(self.attributes["plan"], resources)
-        wanted = identity_of(replace(plan, parameters=parameters), source)
+        wanted = identity_of(replace(plan, parameters=parameters), identity)
         if block is not None:
             wanted["block"] = list(volume.grid(block).block)
         check_same(begun, wanted, self.address)
+        if "crossing" not in begun and parameters.constraint == "constrained":
+            self._check_sign(plan, source)
         if not (scratch is None or self.complete or self._may_move_to(scratch)):
             check_same({"scratch": self.scratch}, {"scratch": scratch}, self.address)
         if not self.complete:
             self._check_resources(plan, volume)
         return plan
+
+    def _check_sign(self, plan: Plan, source: Source) -> None:
+        """Refuse a field of both signs where voxels cross zero, as all did in earlier versions."""
+        known = self.attributes.get("source_statistics")
+        if known is not None:
+            found = Statistics.of_dict(known)
+        else:
+            grid = plan.volume.grid(plan.block)
+            parts = (read_field(source, grid.core(i), plan.parameters) for i in range(len(grid)))
+            found = reduce(add, map(Statistics.of, parts))
+        if nature_of(plan, found).sign == 0:
+            raise DifferentRunError(
+                f"out={self.address} was begun by a version in which voxels cross zero, and its "
+                "field has both signs: go on so with crossing=True (--crossing), name another "
+                "output, or start anew with overwrite=True (--overwrite)"
+            )
 
     def _may_move_to(self, scratch: str) -> bool:
         """Whether the store of the working fields lies in this folder by now, or is lost."""

@@ -102,6 +102,8 @@ def go_on_with_store(plan: Plan, source: Source, address: str, scratch: str | No
     here = _how_it_runs(plan, source)
     if others := _differences(attributes.get("versions"), here["versions"]):
         log.warning("going on with other versions, blocks may differ in the last bits: %s", others)
+    # stores that were begun without a choice of the rule get it written
+    here["parameters"] = here["plan"]["parameters"]
     store.write_attributes(address, root, {**attributes, "run": run, **here})
     store.remove_partial(address)
     return run
@@ -483,5 +485,5 @@ def _error_kind(nature: Nature, kinds: set[str]) -> str:
     """Whether an error of these kinds is bounded, now that the field's nature is known."""
     if kinds == {"exact"}:
         return "exact"
-    mixed = nature.sign == 0 and "bounded (one sign)" in kinds
+    mixed = nature.sign == 0 and "bounded (one sign)" in kinds  # of a plan that crosses zero
     return "estimated" if "estimated" in kinds or nature.masked or mixed else "bounded"

@@ -49,7 +49,7 @@ WIDEST_KERNEL = 16
 BLANKS_ERROR = 1e-2
 """The same of a pyramid where few voxels are not blank, on top of `pyramid_error`."""
 SIGNS_ERROR = 1e-3
-"""The same of rounding, where voxels of either sign jump as they cross zero."""
+"""The same of rounding, where voxels of either sign may cross zero."""
 ROUNDINGS = 100
 """Units of rounding, one more for every step, by which two ways of computing may differ."""
 
@@ -364,7 +364,7 @@ class _Recomputation:
     def _relative_error(self, k: int) -> float:
         """What two computations of channel `k` may differ by in relative L2 norm, beside halos."""
         low, high = self.extremes
-        mixed = self.parameters.constraint == "constrained" and low < 0 < high
+        mixed = self.parameters.constraint == "crossing" and low < 0 < high
         pyramid = pyramid_error(self.parameters) + (BLANKS_ERROR if self.has_blanks else 0)
         allowed = SIGNS_ERROR if mixed else 0.0
         stage = self.stages[k]

@@ -36,8 +36,8 @@ class Statistics:
     Examples
     --------
     >>> both = Statistics.of(np.array([1.0, -2.0])) + Statistics.of(np.array([4.0]))
-    >>> both.count, both.sum, both.sum_abs, both.min, both.max
-    (3, 3.0, 7.0, -2.0, 4.0)
+    >>> both.count, both.sum, both.sum_abs, both.min, both.max, both.negative
+    (3, 3.0, 7.0, -2.0, 4.0, 1)
     """
 
     count: int
@@ -46,24 +46,27 @@ class Statistics:
     sum_squares: float
     min: float
     max: float
+    negative: int | None
+    """How many are below zero; None where it was not counted, in stores of earlier versions."""
 
     @staticmethod
     def of(values: NDArray[Any]) -> Statistics:
         """The statistics of an array that is not empty."""
         flat = values.reshape(-1)
-        found, buffer = Statistics(0, 0.0, 0.0, 0.0, math.inf, -math.inf), np.empty(AT_ONCE)
+        found, buffer = Statistics(0, 0.0, 0.0, 0.0, math.inf, -math.inf, 0), np.empty(AT_ONCE)
         for start in range(0, flat.size, AT_ONCE):
             part = flat[start : start + AT_ONCE]
             low, high = float(part.min()), float(part.max())
             if math.isnan(low):
                 part = part[~np.isnan(part)]
                 low, high = float(part.min(initial=np.inf)), float(part.max(initial=-np.inf))
+            negative = int(np.count_nonzero(part < 0)) if low < 0 else 0
             exact = buffer[: part.size]
             exact[...] = part
             with np.errstate(over="ignore", invalid="ignore"):  # of values near the largest
                 total, squares = float(exact.sum()), float(np.einsum("i,i->", exact, exact))
                 total_abs = float(np.abs(exact, out=exact).sum())
-            found += Statistics(part.size, total, total_abs, squares, low, high)
+            found += Statistics(part.size, total, total_abs, squares, low, high, negative)
         return found
 
     def __add__(self, other: Statistics) -> Statistics:
@@ -74,6 +77,7 @@ class Statistics:
             sum_squares=self.sum_squares + other.sum_squares,
             min=min(self.min, other.min),
             max=max(self.max, other.max),
+            negative=_sum(self.negative, other.negative),
         )
 
     def agrees_with(self, other: Statistics, off: float) -> bool:
@@ -89,8 +93,8 @@ class Statistics:
 
     def as_dict(self) -> dict[str, Any]:
         """The statistics as plain JSON values; no extremes where nothing counted."""
-        none = {} if self.count else {"min": None, "max": None}
-        return {**asdict(self), **none}
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return known | ({} if self.count else {"min": None, "max": None})
 
     @staticmethod
     def of_dict(values: dict[str, Any]) -> Statistics:
@@ -110,4 +114,9 @@ class Statistics:
             sum_squares=float(values["sum_squares"]),
             min=np.inf if low is None else float(low),
             max=-np.inf if high is None else float(high),
+            negative=values.get("negative"),
         )
+
+
+def _sum(count: int | None, other: int | None) -> int | None:
+    return None if count is None or other is None else count + other

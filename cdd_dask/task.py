@@ -207,7 +207,7 @@ def _load_job(address: str, run: str) -> _Job:
     return_freed_memory()
     attributes: Any = store.root_of_run(address, run).attrs[store.KEY]
     plan = attributes["plan"]
-    parameters = Parameters(**attributes["parameters"])
+    parameters = Parameters.of_dict(attributes["parameters"])
     shape = tuple(plan["volume"]["shape"])
     return _Job(
         fingerprint=attributes["fingerprint"],

@@ -149,7 +149,7 @@ def by_cells(
     faces = CellFaces((0,) * field.ndim, field.shape, levels, rule, cval)
     sign = sign_of(field, cval if rule == "constant" else 0.0)
     smooth = smoothed_by(engine)
-    how = Evolution(faces, kernels, halo, sign, False, smooth)
+    how = Evolution(faces, kernels, halo, sign, False, False, smooth)
     means, share = cell_means(whole, cell)
     held = np.asarray(how.held(means.shape), means.dtype)
     means = means + held * means.dtype.type(cval)

@@ -25,7 +25,7 @@ class Diffusion:
     steps: Steps
     """How many steps, and the kernel of one step along each axis."""
     constraint: str
-    """``constrained``, ``inverted`` or ``unconstrained``."""
+    """``constrained``, ``inverted``, ``crossing`` or ``unconstrained``, see `Engine`."""
     faces: Faces
     """Rule of every face: `CUT`, where any extension will do, or the axis's; ``wrap`` on both faces
     or on neither."""
@@ -75,11 +75,15 @@ class Engine(ABC):
 
     One step smooths, ``S = G_sigma * I``, and then takes for every voxel
 
-    - constrained: ``I > 0 → min(I, S)``, ``I < 0 → max(I, S)``, ``I = 0`` stays;
-    - constrained and inverted: ``I > 0 → max(I, S)``, ``I < 0 → min(I, S)``, ``I = 0`` stays;
+    - constrained: ``min(max(I, 0), max(min(I, 0), S))``, which is `S` where that lies between 0 and
+      `I`, and the nearer of the two where it does not;
+    - inverted: ``I > 0 → max(I, S)``, ``I < 0 → min(I, S)``, ``I = 0`` stays;
+    - crossing: ``I > 0 → min(I, S)``, ``I < 0 → max(I, S)``, ``I = 0`` stays;
     - unconstrained: ``S``
 
-    (Li 2022, arXiv:2201.05484). Between steps the field has the dtype that it came with.
+    All but the last solve ``dI/dt = H(∓sgn(I) ∇²I) ∇²I`` (Li 2022, arXiv:2201.05484) for small
+    steps. Constrained, no voxel crosses 0, nor does any in the equation; a step is then monotone and
+    a contraction in the maximum norm. Between steps the field has the dtype that it came with.
 
     NaN voxels are blank: they take no part and stay NaN, and the smoothing of the others is
     normalised, ``S = (G_sigma * I M) / (G_sigma * M)``, `M` being 0 there and 1 elsewhere; beyond

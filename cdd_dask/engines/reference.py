@@ -80,3 +80,6 @@ def constrain(field: NDArray[Any], smooth: NDArray[np.float64], constraint: str)
     for_positive, for_negative = reversed(rules) if constraint == "inverted" else rules
     for_positive(field, smooth, out=field, where=positive, casting="same_kind")
     for_negative(field, smooth, out=field, where=negative, casting="same_kind")
+    if constraint == "constrained":  # no further than to 0
+        np.maximum(field, 0, out=field, where=positive)
+        np.minimum(field, 0, out=field, where=negative)

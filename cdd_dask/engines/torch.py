@@ -237,6 +237,11 @@ class _Workspace:
             field.copy_(self._smooth)
             return
         smooth = self._smooth.to(field.dtype)
+        if constraint == "constrained":
+            lower = torch.clamp(field, max=0, out=self._lower)
+            upper = torch.clamp(field, min=0, out=self._upper)
+            torch.maximum(torch.minimum(smooth, upper, out=smooth), lower, out=field)
+            return
         lower = torch.minimum(field, smooth, out=self._lower)
         upper = torch.maximum(field, smooth, out=self._upper)
         if constraint == "inverted":

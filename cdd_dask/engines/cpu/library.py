@@ -25,7 +25,7 @@ INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 """The variants there can be, the fastest first; ``portable`` runs anywhere, slowly."""
 LINE = 64
 """Bytes of a cache line, where arrays begin, and of the longest vector of any variant."""
-CONSTRAINTS = {"unconstrained": 0, "constrained": 1, "inverted": 2}
+CONSTRAINTS = {"unconstrained": 0, "constrained": 1, "inverted": 2, "crossing": 3}
 """As ``smoothing.hpp`` numbers them."""
 
 _STRUCTURES = {

@@ -64,9 +64,7 @@ template <class Field, class T> struct MovePlain {
     void run(Part part) const {
         for (Index x = part.begin; x < part.end; ++x) {
             const Field value = Field(share ? smooth[x] / share[x] : smooth[x]), old = field[x];
-            const Field low = value < old ? value : old, high = value > old ? value : old;
-            const bool sinks = constraint == CONSTRAINED ? old > 0 : old < 0;
-            field[x] = constraint == UNCONSTRAINED ? value : old > 0 || old < 0 ? (sinks ? low : high) : old;
+            field[x] = moved(constraint, old, value);
         }
     }
 };

@@ -16,14 +16,20 @@ namespace cdd {
 constexpr int BATCH = 4;            // rows that are smoothed at once, so that each is loaded less often
 constexpr int LARGEST_RADIUS = 16;  // of the kernels that are unrolled
 
-// How values move to the smooth ones: all the way, only towards 0, or only away from it.
-enum Constraint : Index { UNCONSTRAINED, CONSTRAINED, INVERTED };
+// How values move to the smooth ones: all the way; towards 0, but not across; away from 0; or towards
+// 0 and across.
+enum Constraint : Index { UNCONSTRAINED, CONSTRAINED, INVERTED, CROSSING };
 
-// The value `old` moved to `smooth`.
-template <class T> inline INLINE Vector<T> moved(Index constraint, Vector<T> old, Vector<T> smooth) {
+// The values `old`, a number or a vector of them, moved to `smooth`.
+template <class V> inline INLINE V moved(Index constraint, V old, V smooth) {
     if (constraint == UNCONSTRAINED) return smooth;
-    const Vector<T> less = smooth < old ? smooth : old, more = smooth > old ? smooth : old;
-    const bool sinks = constraint == CONSTRAINED;  // towards 0
+    if (constraint == CONSTRAINED) {
+        const V low = old > 0 ? V{} : old, high = old < 0 ? V{} : old;
+        const V less = smooth < high ? smooth : high;
+        return less > low ? less : low;
+    }
+    const V less = smooth < old ? smooth : old, more = smooth > old ? smooth : old;
+    const bool sinks = constraint == CROSSING;
     return old > 0 ? (sinks ? less : more) : old < 0 ? (sinks ? more : less) : old;
 }
 
@@ -72,7 +78,7 @@ void smooth_across(const Source* const* source, Target* const* target, const Vec
         for (int b = 0; b < BATCH; ++b) {
             if constexpr (!MOVES) __builtin_prefetch(from[b + R] + x + ahead);
             if constexpr (BLANKS) result[b] = normalised<Target, T>(result[b], load(by[b] + x));
-            store_as<T>(to[b] + x, MOVES ? moved<T>(constraint, load_as<T>(to[b] + x), result[b]) : result[b]);
+            store_as<T>(to[b] + x, MOVES ? moved(constraint, load_as<T>(to[b] + x), result[b]) : result[b]);
         }
     }
 }
@@ -120,7 +126,7 @@ private:
         for (Index x = 0; x < count; x += LANES<T>) {
             Vector<T> value = load(smooth + x);
             if constexpr (BLANKS) value = normalised<Field, T>(value, load(share_ + x));
-            store_as<T>(field + x, moved<T>(constraint, load_as<T>(field + x), value));
+            store_as<T>(field + x, moved(constraint, load_as<T>(field + x), value));
         }
     }
 };
