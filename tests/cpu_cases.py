@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from cdd_dask.kernels import IDENTITY, Kernel
 from cdd_dask.parameters import BOUNDARIES
 from cdd_dask.time_stepping import Steps
 
-CONSTRAINTS = ("constrained", "inverted", "unconstrained")
+CONSTRAINTS = ("crossing", "inverted", "unconstrained")
 SHAPES = [(1,), (301,), (17, 2), (40, 37), (3, 1, 13), (13, 12, 50), (21, 40, 33), (2, 5, 3, 6)]
 RADII = (1, 2, 3, 4, 7, 11, 16, 20)
 
@@ -68,10 +69,15 @@ def checksums(threads: int = 1) -> dict[str, str]:
             levels=levels,
             phase=tuple(number % 4 if level else 0 for level in levels),
         )
-        result = engine.diffuse(field, what)
-        # a zero may have either sign, and a blank any payload
-        result = np.where(np.isnan(result), np.inf, result + 0.0).astype(f"<f{result.itemsize}")
-        found.setdefault(f"{shape} radius {radius}", hashlib.sha256()).update(result.tobytes())
+        cases = {f"{shape} radius {radius}": what}
+        if what.constraint == "crossing":
+            cases[f"{shape} radius {radius}, sign kept"] = replace(what, constraint="constrained")
+        for name, case in cases.items():
+            result = engine.diffuse(field.copy(), case)
+            # a zero may have either sign, and a blank any payload
+            result = np.where(np.isnan(result), np.inf, result + 0.0)
+            result = result.astype(f"<f{field.itemsize}")
+            found.setdefault(name, hashlib.sha256()).update(result.tobytes())
     return {name: checksum.hexdigest()[:16] for name, checksum in found.items()}
 
 

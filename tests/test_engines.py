@@ -34,7 +34,7 @@ UNDER_TEST = {
     "torch-cpu": ("torch", "cpu"),
     "torch-cuda": ("torch", "cuda"),
 }
-CONSTRAINTS = ("constrained", "inverted", "unconstrained")
+CONSTRAINTS = ("constrained", "inverted", "crossing", "unconstrained")
 DTYPES = (np.float32, np.float64)
 TOLERANCE = {np.float32: 1e-6, np.float64: 1e-12}
 """Largest difference of two results, relative to the field's maximum."""
@@ -130,13 +130,22 @@ def plain(field: Field, what: Diffusion) -> Field:
                 for start, weight in enumerate(kernel.weights)
             )
         smooth = smooth.astype(field.dtype)
-        lower, upper = np.minimum(field, smooth), np.maximum(field, smooth)
-        field = {
-            "constrained": np.select([field > 0, field < 0], [lower, upper], 0),
-            "inverted": np.select([field > 0, field < 0], [upper, lower], 0),
-            "unconstrained": smooth,
-        }[what.constraint].astype(field.dtype)
+        field = plainly_moved(field, smooth, what.constraint)
     return field
+
+
+def plainly_moved(field: Field, smooth: Field, constraint: str) -> Field:
+    """The rules of the contract, written out."""
+    lower, upper = np.minimum(field, smooth), np.maximum(field, smooth)
+    zero = field.dtype.type(0)
+    return {
+        "constrained": np.where(
+            field > 0, np.maximum(lower, zero), np.where(field < 0, np.minimum(upper, zero), zero)
+        ),
+        "inverted": np.where(field > 0, upper, np.where(field < 0, lower, zero)),
+        "crossing": np.where(field > 0, lower, np.where(field < 0, upper, zero)),
+        "unconstrained": smooth,
+    }[constraint]
 
 
 def assert_close(result: Field, expected: Field, field: Field, context: object = None) -> None:
@@ -223,10 +232,10 @@ def test_single_precision_is_enough(engine: Engine, constraint: str):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_fields_of_both_signs(engine: Engine, constraint: str, dtype: type):
-    """Fields of mixed sign agree too, as far as they can.
+    """Fields of mixed sign agree too; where voxels cross zero, as far as they can.
 
-    Constrained, a step is discontinuous at 0: a last bit decides whether a voxel just below 0
-    jumps to its surroundings' mean. So single voxels may differ; nearly all do not.
+    There a last bit decides whether a voxel just below 0 jumps to its surroundings' mean. So single
+    voxels may differ; nearly all do not.
     """
     for shape in [(400,), (48, 45), (14, 15, 16)]:
         (steps,) = channel_steps(Parameters(), (1.0,), len(shape))
@@ -234,11 +243,38 @@ def test_fields_of_both_signs(engine: Engine, constraint: str, dtype: type):
         field = signed(shape, dtype, seed=2)
         ours, theirs = run(engine, field, what), run(ReferenceEngine(), field, what)
         difference, allowed = np.abs(ours - theirs), TOLERANCE[dtype] * np.abs(field).max()
-        if constraint == "constrained":
+        if constraint == "crossing":
             assert np.mean(difference > allowed) <= 5e-3
             assert np.linalg.norm(difference) <= 2e-3 * np.linalg.norm(theirs)
         else:
             assert difference.max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", BOUNDARIES)
+def test_no_voxel_changes_its_sign(engine: Engine, rule: str, dtype: type):
+    """Constrained, a value stays between 0 and what it was, exactly, blanks and `cval` or not.
+
+    Crossing zero, a third of white noise is on the other side after one channel.
+    """
+    for shape, share in [((300,), 0.0), ((40, 41), 0.0), ((13, 14, 15), 0.2), ((4, 5, 6, 3), 0.0)]:
+        field = blanked(signed(shape, dtype, seed=4), share, seed=5)
+        valid = field[~np.isnan(field)]
+        for sigma in (0.174, WIDE["discrete"]):
+            what = diffusion(len(shape), sigma, 12, rule=rule, cval=-0.8)
+            after = run(engine, field, what)[~np.isnan(field)]
+            assert ((np.minimum(valid, 0) <= after) & (after <= np.maximum(valid, 0))).all()
+            crossed = run(engine, field, replace(what, constraint="crossing"))[~np.isnan(field)]
+            assert np.mean(crossed * valid < 0) > 0.01
+
+
+def test_one_rule_for_fields_of_one_sign(engine: Engine):
+    """Whether voxels may cross zero makes no difference where they never do: not of a bit."""
+    for sign, share in itertools.product((1, -1), (0.0, 0.2)):
+        field = blanked(sign * positive((19, 16, 9), np.float32), share, seed=1)
+        what = diffusion(3, WIDE["discrete"], 6)
+        crossed = run(engine, field, replace(what, constraint="crossing"))
+        assert np.array_equal(run(engine, field, what), crossed, equal_nan=True)
 
 
 # faces
@@ -317,12 +353,7 @@ def plain_masked(field: Field, what: Diffusion) -> Field:
         linear = Diffusion(linear.steps, "unconstrained", what.faces, what.cval)
         smooth = np.divide(plain(filled, linear), share, where=valid, out=np.zeros_like(filled))
         smooth = smooth.astype(field.dtype)
-        lower, upper = np.minimum(filled, smooth), np.maximum(filled, smooth)
-        field = {
-            "constrained": np.select([filled > 0, filled < 0], [lower, upper], 0),
-            "inverted": np.select([filled > 0, filled < 0], [upper, lower], 0),
-            "unconstrained": smooth,
-        }[what.constraint].astype(field.dtype)
+        field = plainly_moved(filled.astype(field.dtype), smooth, what.constraint)
     return np.where(valid, field, np.nan).astype(field.dtype)
 
 
@@ -417,11 +448,14 @@ def test_a_positive_field_only_shrinks(engine: Engine, kind: str, dtype: type):
 def test_order_is_kept_and_perturbations_do_not_grow(engine: Engine, constraint: str):
     """``I <= J`` gives ``I(t) <= J(t)``, and their largest difference does not grow.
 
-    Blocks rest on it: an error in a halo can only fade.
+    Blocks rest on it: an error in a halo can only fade. For fields of both signs, too, unless
+    voxels cross zero.
     """
-    for shape, rule in itertools.product([(90,), (25, 24), (9, 10, 8)], BOUNDARIES):
+    makes = [positive] if constraint == "crossing" else [positive, signed]
+    shapes = [(90,), (25, 24), (9, 10, 8)]
+    for make, shape, rule in itertools.product(makes, shapes, BOUNDARIES):
         what = diffusion(len(shape), 0.5, 20, constraint, rule)
-        lower = positive(shape, seed=5) + 1e-3
+        lower = make(shape, seed=5) + 1e-3
         upper = lower + np.random.default_rng(6).random(shape) ** 8
         after, after_upper = run(engine, lower, what), run(engine, upper, what)
         assert (after <= after_upper + 1e-13).all()
@@ -469,7 +503,7 @@ def test_a_constant_field_is_left_alone(engine: Engine, kind: str):
 
 
 @pytest.mark.parametrize("make", [positive, signed])
-@pytest.mark.parametrize("constraint", ["constrained", "inverted"])
+@pytest.mark.parametrize("constraint", ["constrained", "inverted", "crossing"])
 def test_zero_stays_zero(engine: Engine, constraint: str, make: object):
     """A voxel that is 0 is 0 ever after, whatever surrounds it; a field of zeros is left alone."""
     field = make((21, 22), np.float32)

@@ -12,15 +12,19 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from examples import few
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import erfc
 
 from cdd_dask.boundaries import CUT
-from cdd_dask.engines.base import Diffusion
+from cdd_dask.engines import Diffusion, load_engine
 from cdd_dask.engines.reference import ReferenceEngine
 from cdd_dask.halo import error_bound, halo_depth, rounding, tail_probability
 from cdd_dask.kernels import Kernel, smoothing_kernel
 from cdd_dask.parameters import Parameters
+from cdd_dask.pyramid import coarse_levels, computed_steps
 from cdd_dask.time_stepping import Steps, channel_steps
 
 Field = NDArray[np.float64]
@@ -209,16 +213,49 @@ def test_no_step_beyond_the_halo_breaks_the_bound(steps: Steps, constraint: str)
         assert ratio.max() >= 0.9
 
 
-@pytest.mark.parametrize("constraint", ["inverted", "unconstrained"])
+@pytest.mark.parametrize("constraint", ["constrained", "inverted", "unconstrained"])
 @pytest.mark.parametrize("steps", OCTAVES.values(), ids=OCTAVES)
 def test_fields_of_both_signs(steps: Steps, constraint: str):
-    """Inverted and unconstrained fields may change sign: -1 against 1, and twice the range."""
+    """-1 against 1, and twice the range."""
     beyond = beyond_reach(steps)
     allowed = 2 * per_face(steps, 2 * beyond)
     for name, base in bases((2 * beyond,)).items():
         for signed in (-base, base * np.random.default_rng(1).choice([-1, 0, 1], base.size)):
             difference = leak(signed, beyond, steps, constraint, low=-1.0)
             assert (difference <= allowed + SLACK).all(), name
+
+
+@few(25)
+@given(
+    values=st.lists(
+        st.sampled_from((-1.0, -0.5, -1e-3, 0.0, 1e-9, 0.3, 1.0)), min_size=1, max_size=40
+    ),
+    hostile=st.lists(st.floats(-1, 1), min_size=1, max_size=40),
+    other=st.floats(-1, 1),
+    name=st.sampled_from(["0->1", "4->8", "3x0.7", "5x2.0"]),
+    coarse=st.booleans(),
+)
+def test_hostile_values_beyond_the_cut(
+    values: list[float], hostile: list[float], other: float, name: str, coarse: bool
+):
+    """Of any sign, and of both in one field: the bound of every depth holds, on coarse cells, too."""
+    steps, engine, levels = PASSES[name], load_engine("cpu"), (0,)
+    if coarse:
+        (steps,) = channel_steps(Parameters(), (16.0, 32.0), ndim=1)[1:]
+        levels = coarse_levels(Parameters(), steps)
+        assert levels[0]
+    computed = computed_steps(steps, levels)
+    cell, beyond = 2 ** levels[0], 256
+    field = np.resize(values, 256)
+    ends = []
+    for wrong in (np.resize(hostile, beyond), np.full(beyond, other)):
+        whole = np.concatenate([wrong, field])
+        what = Diffusion(steps, "constrained", ((CUT, "reflect"),), levels=levels, phase=(0,))
+        ends.append(engine.diffuse(whole, what)[beyond:])
+    depths = np.arange(len(field))
+    allowed = [error_bound((computed,), (int(h),)) for h in depths[:: max(1, cell)]]
+    leaked = np.abs(ends[0] - ends[1])[:: max(1, cell)]
+    assert (leaked <= 2 * np.array(allowed) + SLACK).all()
 
 
 @pytest.mark.parametrize("constraint", ["constrained", "inverted", "unconstrained"])

@@ -202,7 +202,7 @@ def test_a_plan_reads_as_a_table():
     text = str(plan)
     for k in range(len(plan.edges)):
         assert f"channel {k}" in text
-    for word in ("300 × 300 × 300", "100 MB allowed", "files", "halo", "of one sign", "blank"):
+    for word in ("300 × 300 × 300", "100 MB allowed", "files", "halo", "bounded", "blank"):
         assert word in text
     assert max(map(len, text.splitlines())) < 200
 
@@ -329,19 +329,24 @@ def test_shapes_that_are_none_are_refused(shape: tuple[int, ...]):
 
 
 def test_error_kinds_are_stated():
-    """Exact where nothing is cut or the halo is strict, bounded for one sign where it is not."""
+    """Exact where nothing is cut or the halo is strict, bounded where it is not.
+
+    Estimated where voxels cross zero.
+    """
     kinds = {
         name: {s.error for s in cdd_dask.plan((900, 4), max_scale=2, **options).stages}
         for name, options in {
             "whole": {"block": (900, 4)},
             "strict": {"block": (300, 4), "rtol": 0},
-            "bounded": {"block": (300, 4), "constrained": False},
-            "by sign": {"block": (300, 4)},
+            "bounded": {"block": (300, 4)},
+            "unconstrained": {"block": (300, 4), "constrained": False},
+            "crossing": {"block": (300, 4), "crossing": True},
         }.items()
     }
     assert kinds == {
         "whole": {"exact"},
         "strict": {"exact"},
         "bounded": {"bounded"},
-        "by sign": {"bounded (one sign)"},
+        "unconstrained": {"bounded"},
+        "crossing": {"estimated"},
     }
