@@ -238,7 +238,7 @@ def test_fields_of_both_signs(steps: Steps, constraint: str):
 def test_hostile_values_beyond_the_cut(
     values: list[float], hostile: list[float], other: float, name: str, coarse: bool
 ):
-    """Of any sign, and of both in one field: the bound of every depth holds, on coarse cells, too."""
+    """Of any sign, and of both: the bound of every depth holds, on coarse cells, too."""
     steps, engine, levels = PASSES[name], load_engine("cpu"), (0,)
     if coarse:
         (steps,) = channel_steps(Parameters(), (16.0, 32.0), ndim=1)[1:]

@@ -82,7 +82,7 @@ class Engine(ABC):
     - unconstrained: ``S``
 
     All but the last solve ``dI/dt = H(∓sgn(I) ∇²I) ∇²I`` (Li 2022, arXiv:2201.05484) for small
-    steps. Constrained, no voxel crosses 0, nor does any in the equation; so a step is monotone and a
+    steps. Constrained, no voxel crosses 0, nor does any in the equation: a step is monotone and a
     contraction in the maximum norm. Between steps the field has the dtype that it came with.
 
     NaN voxels are blank: they take no part and stay NaN, and the smoothing of the others is
