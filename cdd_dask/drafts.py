@@ -98,8 +98,8 @@ class Draft:
     """The same for blocks that hold blank voxels."""
     tile: tuple[int, ...]
     """What is refined at once, in voxels, where blocks are larger."""
-    chosen: dict[Grid, tuple[Regime, ...]] = field(default_factory=dict, init=False, compare=False)
-    """The regimes chosen for a grid, as far as it was looked at."""
+    chosen: dict[tuple[Grid, int], Regime] = field(default_factory=dict, init=False, compare=False)
+    """The regimes chosen for channels in a grid, as far as they were looked at."""
     memories: dict[tuple[Grid, int, Regime], TaskMemory] = field(
         default_factory=dict, init=False, compare=False
     )
@@ -134,11 +134,12 @@ class Draft:
 
     def regimes(self, grid: Grid) -> tuple[Regime, ...]:
         """How every channel is computed: the fastest way that fits, or else the smallest."""
-        if grid not in self.chosen:
-            self.chosen[grid] = tuple(
-                self._fastest(grid, k, self.options(grid, k)) for k in range(len(self.edges))
-            )
-        return self.chosen[grid]
+        return tuple(self._regime(grid, k) for k in range(len(self.edges)))
+
+    def _regime(self, grid: Grid, k: int) -> Regime:
+        if (grid, k) not in self.chosen:
+            self.chosen[grid, k] = self._fastest(grid, k, self.options(grid, k))
+        return self.chosen[grid, k]
 
     def _fastest(self, grid: Grid, k: int, options: Iterator[Regime]) -> Regime:
         fitting: list[Regime] = []
@@ -245,8 +246,10 @@ class Draft:
                 return self._has_room(grid, self.blank_memory(grid, k, regime, tile))
 
             tiles = smaller_tiles(grid.block)
-            best = bisect_left(tiles, True, key=has_room)
-            self.blank_tiles[grid, k, regime] = tiles[min(best, len(tiles) - 1)]
+            best = len(tiles) - 1
+            if has_room(tiles[best]):  # else none has
+                best = 0 if has_room(tiles[0]) else bisect_left(tiles, True, 1, best, key=has_room)
+            self.blank_tiles[grid, k, regime] = tiles[best]
         return self.blank_tiles[grid, k, regime]
 
     def task_memory(self, grid: Grid, k: int, regime: Regime) -> TaskMemory:
@@ -377,10 +380,15 @@ class Draft:
 
     def fits(self, grid: Grid) -> bool:
         """Whether tasks of `grid` fit the memory of host and device."""
-        device = self.resources.device_memory
+        memory, device = self.resources.memory, self.resources.device_memory
+        tasks = min(self.resources.tasks_per_budget, len(grid))
+        # the coarsest channel first, which needs most: most grids are refused by one look
+        for k in reversed(range(len(self.edges))):
+            if tasks * self.host(grid, k, self._regime(grid, k)) > memory:
+                return False
         if device is not None and self.device_peak(grid) > device:
             return False
-        return self.peak(grid) <= self.resources.memory
+        return self.peak(grid) <= memory
 
     def grids(self) -> Iterator[Grid]:
         """Blocks to choose from: large ones have small halos, many keep all workers busy."""

@@ -72,7 +72,7 @@ def make_plan(
 def _choose(drafts: list[Draft], block: tuple[int, ...] | None) -> tuple[Draft, Grid]:
     """The draft and the blocks that are done first, of those that fit."""
     best: tuple[float, Draft, Grid] | None = None
-    smallest: tuple[int, Draft, Grid] | None = None
+    too_large: list[tuple[Draft, Grid]] = []
     for draft in drafts:
         for grid in draft.grids() if block is None else [draft.volume.grid(block)]:
             if draft.fits(grid):
@@ -81,12 +81,11 @@ def _choose(drafts: list[Draft], block: tuple[int, ...] | None) -> tuple[Draft, 
                     best = seconds, draft, grid
                 elif seconds > HOPELESS * best[0]:
                     break  # blocks only get smaller
-            elif best is None and (smallest is None or draft.peak(grid) < smallest[0]):
-                smallest = draft.peak(grid), draft, grid
+            else:
+                too_large.append((draft, grid))
     if best is not None:
         return best[1:]
-    assert smallest is not None
-    _, draft, grid = smallest
+    draft, grid = min(too_large, key=lambda one: one[0].peak(one[1]))
     if block is None:
         _refuse(draft, grid, f"even with blocks of {grid.block}, the plan", "")
     _refuse(draft, grid, f"block={block}", "give a smaller block, ")

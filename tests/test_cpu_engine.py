@@ -144,8 +144,7 @@ def test_a_run_of_the_engine_before_is_not_gone_on_with():
 SHAPES = ((70, 70, 70), (90, 13, 70), (30, 5000), (9000,), (5, 20, 30, 50))
 
 
-@pytest.mark.parametrize("blanks", [False, True])
-@pytest.mark.parametrize("threads", [1, 9])
+@pytest.mark.parametrize(("threads", "blanks"), [(1, False), (9, True)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_memory_is_what_the_plan_says(shape: tuple[int, ...], threads: int, blanks: bool):
     """Of every way to step, along all axes or one: never more than `TaskMemory.work`."""

@@ -582,7 +582,9 @@ def test_overwriting_deletes_no_scratch_but_its_own(made: Path, halos: Path, tmp
         ("channel_00", "channel_01/scale0/image/c"),
     ],
 )
-@pytest.mark.parametrize("what", ["folder", "file", "pipe", "loop"])
+@pytest.mark.parametrize(
+    "what", ["folder", "pipe", *(pytest.param(w, marks=pytest.mark.slow) for w in ("file", "loop"))]
+)
 def test_what_is_something_else_is_replaced(
     what: str, names: tuple[str], made: Path, halos: Path, put_in_place: Any
 ):

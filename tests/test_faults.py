@@ -560,9 +560,11 @@ STOPS = [
     (("--executor", "serial"), signal.SIGINT),
     (("--executor", "threads", "--workers", "2"), signal.SIGTERM),
     (("--executor", "processes", "--workers", "2"), signal.SIGINT),
-    (("--executor", "processes", "--workers", "2"), signal.SIGTERM),
-    (("--executor", "distributed", "--workers", "2"), signal.SIGINT),
     (("--executor", "distributed", "--workers", "2"), signal.SIGTERM),
+    *(
+        pytest.param(("--executor", pool, "--workers", "2"), number, marks=pytest.mark.slow)
+        for pool, number in (("processes", signal.SIGTERM), ("distributed", signal.SIGINT))
+    ),
 ]
 
 

@@ -23,9 +23,9 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @linux_only
 def test_measured_peak_keeps_the_plan():
-    """A volume of 8 budgets: peak under the budget, and 0.5 to 1.0 of the plan's."""
-    result = measure(400, "32MB", ["--e-rel", "1", "--num-channels", "1", "--engine", "reference"])
-    assert result["volume"] >= 8 * result["budget"]
+    """A volume of 3 budgets: peak under the budget, and 0.5 to 1.0 of the plan's."""
+    result = measure(290, "32MB", ["--e-rel", "1", "--num-channels", "1", "--engine", "reference"])
+    assert result["volume"] >= 3 * result["budget"]
     assert result["measured"] <= result["budget"]
     assert 0.5 <= result["measured"] / result["projected"] <= 1.0
 

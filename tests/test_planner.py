@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zarr
 from examples import few
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import cdd_dask
@@ -57,7 +57,7 @@ def test_what_is_planned_fits(
     assert plan.peak_memory >= at_once * max(s.peak_memory for s in plan.stages) + kept
 
 
-@settings(max_examples=15)
+@few(6)
 @given(shape=SHAPES, workers=st.sampled_from([1, 4, 16]), max_scale=st.sampled_from([2, 8, 32]))
 @example(shape=(400, 400, 400), workers=16, max_scale=32)  # whole it needs an eighth
 def test_a_refusal_names_the_smallest_budget_that_would_do(
@@ -73,7 +73,7 @@ def test_a_refusal_names_the_smallest_budget_that_would_do(
         cdd_dask.plan(shape, memory=least - 2_000_000, **options)
 
 
-@settings(max_examples=60)
+@few(25)
 @given(
     shape=SHAPES,
     megabytes=st.integers(7, 2000),

@@ -187,7 +187,7 @@ def test_a_constant_field(tmp_path: Path):
 # stores that are not
 
 
-@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize("k", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("options", [{}, {"inverted": True}, {"upsample": 2}], ids=str)
 def test_a_shift_between_outputs_is_found(tmp_path: Path, k: int, options: dict[str, Any]):
     """The sum is still the source; the channel, its place and the amount are named."""

@@ -430,7 +430,9 @@ def test_axes_keep_their_names(before_task: Any, tmp_path: Path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-@pytest.mark.parametrize("what", ["file", "loop", "pipe"])
+@pytest.mark.parametrize(
+    "what", ["file", *(pytest.param(w, marks=pytest.mark.slow) for w in ("loop", "pipe"))]
+)
 @pytest.mark.parametrize(
     "names",
     [
