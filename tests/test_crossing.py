@@ -109,7 +109,7 @@ def test_one_sign_is_computed_as_ever(
     if blank:
         field[field > np.quantile(field, 0.97)] = np.nan
     for sign in (1, -1):
-        chosen = {**SMALL, **options}
+        chosen = {**SMALL, **options, "cval": sign * options.get("cval", 0.0)}
         ours = outputs(sign * field, **chosen)
         assert np.array_equal(ours, outputs(sign * field, crossing=True, **chosen), equal_nan=True)
 
@@ -147,11 +147,11 @@ def test_the_option_is_everywhere(tmp_path: Path):
 
 def test_where_halos_do_not_fit_it_is_refused():
     """Nothing on coarse cells is known to be right then; the message says what to leave out."""
-    options: dict[str, Any] = {"max_scale": 256, "memory": "60MB", "engine": "cpu"}
+    options: dict[str, Any] = {"max_scale": 256, "memory": "12MB", "engine": "cpu"}
     made = cdd_dask.plan((1024, 1024), **options)
     assert {"closure", "stream"} & {stage.regime for stage in made.stages}
     with pytest.raises(BudgetError, match="leave crossing out"):
-        cdd_dask.plan((1024, 1024), crossing=True, rtol=1e-4, **options)
+        cdd_dask.plan((1024, 1024), crossing=True, **options)
 
 
 # stores of versions that had no choice

@@ -449,9 +449,9 @@ def test_order_is_kept_and_perturbations_do_not_grow(engine: Engine, constraint:
     """``I <= J`` gives ``I(t) <= J(t)``, and their largest difference does not grow.
 
     Blocks rest on it: an error in a halo can only fade. For fields of both signs, too, unless
-    voxels cross zero.
+    voxels cross zero, or leave it on either side.
     """
-    makes = [positive] if constraint == "crossing" else [positive, signed]
+    makes = [positive] if constraint in ("crossing", "inverted") else [positive, signed]
     shapes = [(90,), (25, 24), (9, 10, 8)]
     for make, shape, rule in itertools.product(makes, shapes, BOUNDARIES):
         what = diffusion(len(shape), 0.5, 20, constraint, rule)
