@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from examples import slowly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -477,7 +478,7 @@ def error_of_channel(engine: Engine, field: Field, rule: str = "reflect") -> flo
     return off(field, expected, found)
 
 
-@pytest.mark.parametrize("shape", [(201, 187), (70, 61, 83)])
+@pytest.mark.parametrize("shape", [(201, 187), *slowly((70, 61, 83))])
 @pytest.mark.parametrize("rule", RULES)
 def test_faces_cost_nothing(engine: Engine, rule: str, shape: tuple[int, ...]):
     """Every rule that groups know, at sizes that no cell divides."""

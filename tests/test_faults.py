@@ -613,7 +613,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path):
     np.save(tmp_path / "in.npy", np.ones((16, 16)))
     script = (
         "from cdd_dask import run\nsubprocess.Popen(['sleep', '60'])\n"
-        "run.run_task = lambda task: (print('up', flush=True), time.sleep(60))"
+        "run.run_task = lambda task: (print('up\\n', end='', flush=True), time.sleep(60))"
     )
     options = ("--executor", "threads", "--workers", "2", "--block", "8", "--max-scale", "2")
     process = scripted(tmp_path, script, "decompose", "in.npy", "out.zarr", *options)

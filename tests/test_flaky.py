@@ -14,6 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 import zarr
+from examples import slowly
 from fsspec.implementations.memory import MemoryFileSystem
 from zarr.abc.store import Store
 from zarr.storage import WrapperStore
@@ -174,7 +175,7 @@ def assert_same(wanted: list[Any], found: list[Any]) -> None:
         assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("executor", ["serial", "threads"])
+@pytest.mark.parametrize("executor", ["threads", *slowly("serial")])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_run_completes_to_the_same_bits(
     name: str, executor: str, field: Any, undisturbed: Any, flaky: Any, tmp_path: Path

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from examples import slowly
 
 import cdd_dask
 from cdd_dask.errors import InputError, MissingDependencyError, SourceReadError
@@ -88,7 +89,7 @@ def test_every_format(tmp_path: Path, kind: str):
     assert cdd_dask.verify(out, progress=False).worst_ulp <= 4
 
 
-@pytest.mark.parametrize("kind", ["hdf5", "packed tiff", "packed nifti"])
+@pytest.mark.parametrize("kind", ["hdf5", *slowly("packed tiff", "packed nifti")])
 def test_every_format_in_other_processes(tmp_path: Path, kind: str):
     """Workers open the file by its address; nothing of it travels."""
     path = MAKERS[kind](tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from examples import few
+from examples import few, slowly
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -216,7 +216,7 @@ BLANK = {
 
 
 @pytest.mark.parametrize("case", BLANK)
-@pytest.mark.parametrize("shape", [(160, 160), (64, 64, 64)])
+@pytest.mark.parametrize("shape", [(160, 160), *slowly((64, 64, 64))])
 def test_blank_voxels(case: str, shape: tuple[int, ...]):
     """A block of them and every twentieth: 2e-2, for the closest voxels are a few 1e-2 off."""
     regime, *sign = case.split()
@@ -231,7 +231,7 @@ def test_blank_voxels(case: str, shape: tuple[int, ...]):
     assert max(off) <= 2e-2
 
 
-@pytest.mark.parametrize("shape", [(192, 192), (64, 64, 64)])
+@pytest.mark.parametrize("shape", [(192, 192), *slowly((64, 64, 64))])
 def test_negative_fields_mirror_positive_ones(shape: tuple[int, ...]):
     """To rounding: groups are summed in the opposite order."""
     field, options = turbulence(shape), {**QUICK, **PLAIN, "max_scale": 32, "block": 32}
@@ -278,7 +278,7 @@ def seam(channel: Field, block: int) -> tuple[float, float]:
     return float(np.mean(ratios[True]) - np.mean(ratios[False])), chance
 
 
-@pytest.mark.parametrize("kind", ["blobs", "turbulence"])
+@pytest.mark.parametrize("kind", ["blobs", *slowly("turbulence")])
 @pytest.mark.parametrize("regime", ["direct", "closure", "stream"])
 def test_no_seams(kind: str, regime: str):
     """Differences across block borders are those one voxel inside, up to chance."""

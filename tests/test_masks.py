@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 from click.testing import CliRunner
-from examples import few
+from examples import few, slowly
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,7 +106,7 @@ def test_without_tolerance_blocks_are_the_same_to_the_bit(
             assert np.array_equal(outputs(field, block=block, **options), whole, equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", ["array", "zarr", "npy"])
+@pytest.mark.parametrize("kind", ["array", *slowly("zarr", "npy")])
 @pytest.mark.parametrize("executor", ["serial", "threads", "processes"])
 def test_every_source_and_executor(
     tmp_path: Path, kind: str, executor: str, lognormal: Any, outputs: Any

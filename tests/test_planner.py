@@ -57,7 +57,7 @@ def test_what_is_planned_fits(
     assert plan.peak_memory >= at_once * max(s.peak_memory for s in plan.stages) + kept
 
 
-@few(6)
+@few(4)
 @given(shape=SHAPES, workers=st.sampled_from([1, 4, 16]), max_scale=st.sampled_from([2, 8, 32]))
 @example(shape=(400, 400, 400), workers=16, max_scale=32)  # whole it needs an eighth
 def test_a_refusal_names_the_smallest_budget_that_would_do(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zarr
 from click.testing import CliRunner
+from examples import slowly
 
 import cdd_dask
 from cdd_dask import cli, store
@@ -71,7 +72,8 @@ def remark(out: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"boundary": rule} for rule in ("reflect", "mirror", "nearest", "wrap", "constant")),
+        {"boundary": "wrap"},
+        *slowly(*({"boundary": rule} for rule in ("reflect", "mirror", "nearest", "constant"))),
         {"boundary": "constant", "cval": 3.0},
         {"constrained": False},
         {"inverted": True},
@@ -148,13 +150,7 @@ def test_upsampled_channels(tmp_path: Path, upsample: int, boundary: str):
 @pytest.mark.usefixtures("free_passes")
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        *(
-            pytest.param(o, marks=pytest.mark.slow)
-            for o in ({"boundary": "wrap"}, {"inverted": True})
-        ),
-    ],
+    [{}, *slowly({"boundary": "wrap"}, {"inverted": True})],
     ids=str,
 )
 def test_coarse_kernels_are_judged_by_l2(tmp_path: Path, options: dict[str, Any]):
@@ -187,7 +183,7 @@ def test_a_constant_field(tmp_path: Path):
 # stores that are not
 
 
-@pytest.mark.parametrize("k", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("k", [0, 2, *slowly(1)])
 @pytest.mark.parametrize("options", [{}, {"inverted": True}, {"upsample": 2}], ids=str)
 def test_a_shift_between_outputs_is_found(tmp_path: Path, k: int, options: dict[str, Any]):
     """The sum is still the source; the channel, its place and the amount are named."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from examples import slowly
 
 import cdd_dask
 from cdd_dask import resuming, run, store
@@ -430,9 +431,7 @@ def test_axes_keep_their_names(before_task: Any, tmp_path: Path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-@pytest.mark.parametrize(
-    "what", ["file", *(pytest.param(w, marks=pytest.mark.slow) for w in ("loop", "pipe"))]
-)
+@pytest.mark.parametrize("what", ["file", *slowly("loop", "pipe")])
 @pytest.mark.parametrize(
     "names",
     [
@@ -479,7 +478,7 @@ def test_links_that_lead_back_are_not_followed(half: tuple[Path, Path]):
 
 
 @pytest.mark.parametrize("boundary", ["reflect", "nearest"])
-@pytest.mark.parametrize("count", [4, 9])
+@pytest.mark.parametrize("count", [9, *slowly(4)])
 def test_means_that_are_lost_are_made_again(
     boundary: str, count: int, before_task: Any, tmp_path: Path
 ):
