@@ -329,7 +329,6 @@ def repair(store: str, **options: Any) -> None:
 @click.option("--channel", metavar="LIST", help="Channels, like 0,2,residual.  [default: all]")
 @click.option("--region", metavar="RANGES", help="Voxels per axis, like 10:20,:,-5:.  [all]")
 @click.option("--overwrite/--keep", default=False, help="Whether files there are replaced.")
-@click.option("--checked", is_flag=True, help="Compare every block with its done mark first.")
 @click.option("--progress/--quiet", default=True, show_default=True,
               help="Whether progress is shown.")  # fmt: skip
 def export(store: str, channel: str | None, region: str | None, **options: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
@@ -20,13 +19,10 @@ from cdd_dask.addresses import check_address
 from cdd_dask.attributes import check_group, check_image, check_root
 from cdd_dask.blocks import Grid, Region
 from cdd_dask.errors import InputError, StoreError
-from cdd_dask.marks import read_marks
 from cdd_dask.memory import format_bytes
 from cdd_dask.parameters import Parameters
-from cdd_dask.plans import Plan
 from cdd_dask.seals import is_sealed
 from cdd_dask.tables import text_table
-from cdd_dask.working import outputs
 
 if TYPE_CHECKING:
     import zarr
@@ -58,7 +54,7 @@ class Decomposition:
         What decided the values.
     """
 
-    def __init__(self, address: str, root: zarr.Group, checked: bool = False) -> None:
+    def __init__(self, address: str, root: zarr.Group) -> None:
         from cdd_dask.images import Image
 
         self._address = address
@@ -71,7 +67,6 @@ class Decomposition:
         grid = Grid(tuple(known["plan"]["volume"]["shape"]), tuple(known["plan"]["block"]))
         names = store.output_names(len(self.scales))
         self._groups: dict[str, Any] = {}
-        checksums = _checksums(address, known) if checked else {}
         images = []
         for name, scales in zip(names, pairwise([0.0, *known["edges"], None]), strict=True):
             group: Any = root[name].attrs.get(store.KEY)
@@ -80,8 +75,7 @@ class Decomposition:
             image: Any = root[path]
             check_image(address, path, image, self.parameters, grid)
             self._groups[name] = group
-            written = checksums.get(path, {}) if checked else None
-            images.append(Image.of(image, written) if known["complete"] is True else image)
+            images.append(Image.of(image) if known["complete"] is True else image)
         self.channels: tuple[Any, ...] = tuple(images[:-1])
         self.residual: Any = images[-1]
 
@@ -201,20 +195,7 @@ class Decomposition:
         return f" (states a spacing of {stated})"
 
 
-def _checksums(address: str, known: dict[str, Any]) -> dict[str, dict[tuple[int, ...], str]]:
-    """What the done marks say of every shard, by the output's path and the shard's place."""
-    plan, found = Plan.of_dict(known["plan"]), defaultdict[str, dict[tuple[int, ...], str]](dict)
-    for number, one in enumerate(plan.passes):
-        if outputs(plan, one):
-            for block, mark in read_marks(address, known["fingerprint"], number).items():
-                for path, checksum in mark.checksums.items():
-                    found[path][plan.grid.index(block)] = checksum
-    return found
-
-
-def open_decomposition(
-    path: str | Path, *, allow_incomplete: bool = False, checked: bool = False
-) -> Decomposition:
+def open_decomposition(path: str | Path, *, allow_incomplete: bool = False) -> Decomposition:
     """Open the result of an earlier `decompose`.
 
     Parameters
@@ -224,10 +205,6 @@ def open_decomposition(
     allow_incomplete
         Open a store that is not finished; channels may then hold zeros where nothing was
         written yet.
-    checked
-        Compare each block with its done mark before anything of it is read, once. Every chunk has a
-        checksum anyway, but only that tells a block which was swapped with another. A block is read
-        as a whole then, however little of it is asked for.
 
     Returns
     -------
@@ -238,13 +215,11 @@ def open_decomposition(
     FileNotFoundError
         If there is nothing at `path`.
     InputError
-        If a store in memory is named, or one is to be `checked` that may be incomplete.
+        If a store in memory is named.
     StoreError
         If it is no store of ours, of another format version, or not complete. When a damaged chunk
         is read, a `DamagedError`, which is one, too.
     """
-    if checked and allow_incomplete:
-        raise InputError("checked=True with allow_incomplete=True: only what is finished can be")
     address = str(path)
     check_address("path", address)
     if address.startswith("in-memory:"):
@@ -276,7 +251,7 @@ def open_decomposition(
             "(cdd-dask info --allow-incomplete)"
         )
     try:
-        return Decomposition(address, root, checked)
+        return Decomposition(address, root)
     except StoreError:
         raise
     except Exception as error:

@@ -1,14 +1,9 @@
-"""Arrays of a finished store for its readers, to whom a lost or damaged chunk is an error.
-
-A chunk that is sound by itself may still be another one's, or have been written since: with the
-checksums of done marks each shard is compared, whole, before anything of it is read.
-"""
+"""Arrays of a finished store for its readers, to whom a lost or damaged chunk is an error."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -16,7 +11,7 @@ import zarr
 
 from cdd_dask.blocks import Grid
 from cdd_dask.errors import CddError, DamagedError
-from cdd_dask.store import checksum, shard_damage, shards_of
+from cdd_dask.store import shard_damage, shards_of
 from cdd_dask.whole import whole_array
 
 REMEDY = ": `cdd-dask verify` lists all damage, `cdd-dask repair` mends it"
@@ -28,17 +23,10 @@ Place = tuple[int, ...]
 class Image(zarr.Array[Any]):
     """A Zarr array that names the shard and the chunk which it cannot read."""
 
-    _checksums: Mapping[Place, str] | None = None
-    """Of what shards must be, by their place; None if they are not compared."""
-    _proven: set[Place]
-    """Those that were."""
-
     @classmethod
-    def of(cls, array: zarr.Array[Any], checksums: Mapping[Place, str] | None = None) -> Image:
-        """The same array, whose chunks are all there, and if given have these `checksums`."""
-        image = cls(whole_array(array, REMEDY))
-        image._checksums, image._proven = checksums, set[Place]()
-        return image
+    def of(cls, array: zarr.Array[Any]) -> Image:
+        """The same array, whose chunks are all there."""
+        return cls(whole_array(array, REMEDY))
 
     # what `array[…]`, `array.oindex[…]`, `array.vindex[…]` and `array.blocks[…]` come down to
 
@@ -65,40 +53,16 @@ class Image(zarr.Array[Any]):
         how: str = "voxels",
     ) -> Any:
         """What is selected, along every axis or as ``points``; damage to a shard of it is told."""
-        places = partial(_shards_of, self, selection, how)
-        plain = zarr.Array(self.async_array)
-        if self._checksums is not None:
-            # in the thread that asks: Zarr's must not wait for what they have to do themselves
-            for place in places():
-                if place not in self._proven:
-                    _prove(plain, self._checksums, place)
-                    self._proven.add(place)
         try:
             return select(selection, **options)
         except (CddError, IndexError, TypeError, MemoryError):
             raise
         except Exception as error:  # damaged shards make Zarr fail in any way
-            for place in places():
+            plain = zarr.Array(self.async_array)
+            for place in _shards_of(self, selection, how):
                 if damage := shard_damage(plain, place):
                     raise DamagedError(f"{self.path}, {damage}{REMEDY}") from error
             raise
-
-
-def _prove(array: zarr.Array[Any], checksums: Mapping[Place, str], place: Place) -> None:
-    """Raise `DamagedError` for a shard that is not what its run wrote."""
-    try:
-        values = np.asarray(array[shards_of(array).core_at(place)])
-    except DamagedError:
-        raise
-    except Exception as error:
-        if damage := shard_damage(array, place):
-            raise DamagedError(f"{array.path}, {damage}{REMEDY}") from error
-        raise
-    if place not in checksums:
-        raise DamagedError(f"{array.path}, shard {place} has no done mark{REMEDY}")
-    known = checksums[place]
-    if checksum(values, known) != known:
-        raise DamagedError(f"{array.path}, shard {place} is not what its run wrote{REMEDY}")
 
 
 def _shards_of(array: zarr.Array[Any], selection: Any, how: str) -> Iterable[Place]:

@@ -117,7 +117,7 @@ class Sandbox:
                 ["doctor", str(self.templates / "field.npy"), str(store), *hostile.FAST[:-1]],
                 *(
                     ["export", str(store), *to, "--out", str(self.out / "export"), "--quiet"]
-                    for to in (["--to=npy", "--checked"], ["--to=fits"], ["--to=tiff"])
+                    for to in (["--to=npy"], ["--to=fits"], ["--to=tiff"])
                 ),
                 again,
                 [*again, "--overwrite"],

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +17,8 @@ import zarr
 from examples import NIGHTLY, slowly
 
 import cdd_dask
-from cdd_dask import identity, images, lease, mending, run, store
-from cdd_dask.errors import DamagedError, InputError, LeaseError, StoreError, VerificationError
+from cdd_dask import identity, lease, mending, run, store
+from cdd_dask.errors import DamagedError, LeaseError, StoreError, VerificationError
 from cdd_dask.seals import sealed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -357,32 +356,6 @@ def test_an_empty_shard_is_no_zeros(made: Path):
             channel[region]
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda array: array[...],
-        lambda array: array[30, 20],
-        lambda array: array.oindex[[30], [20, 21]],
-        lambda array: array.get_block_selection((1, 1)),
-        lambda array: pytest.importorskip("dask.array").from_zarr(array)[30, 20].compute(),
-    ],
-)
-def test_a_swapped_block_is_told_where_readers_ask(read: Any, made: Path, halos: Path):
-    """However they read it; each block is sound by itself."""
-    one, other = shard(made, "channel_01", 0, 0), shard(made, "channel_01", 1, 1)
-    data = one.read_bytes()
-    one.write_bytes(other.read_bytes())
-    other.write_bytes(data)
-    assert read(cdd_dask.open_decomposition(made).channels[1]) is not None
-    result = cdd_dask.open_decomposition(made, checked=True)
-    with pytest.raises(
-        DamagedError, match=r"channel_01/scale0/image, shard .* is not what its run"
-    ):
-        read(result.channels[1])
-    expected = cdd_dask.open_decomposition(halos).channels[1][32:, 32:]
-    assert np.array_equal(result.channels[1][32:, 32:], expected)
-
-
 @pytest.mark.parametrize("damaged", ["flipped", "gone"])
 @pytest.mark.parametrize(
     "read",
@@ -409,44 +382,6 @@ def test_damage_is_named_however_it_is_read(read: Any, damaged: str, made: Path)
         read(cdd_dask.open_decomposition(made).residual)
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda array: array.vindex[[3, -1], [3, -1]],
-        lambda array: array.get_coordinate_selection(([3, 47], [3, 39])),
-        lambda array: array[np.eye(*array.shape, dtype=bool)],
-        lambda array: array.vindex[3, [3, 4]],
-    ],
-)
-def test_of_points_only_their_shards_are_compared(read: Any, made: Path, halos: Path):
-    """Not those at which their rows and columns cross."""
-    shard(made, "channel_00", 0, 2).unlink()
-    shard(made, "channel_00", 2, 0).unlink()
-    one, other = (
-        read(cdd_dask.open_decomposition(made, checked=checked).channels[0])
-        for checked in (True, False)
-    )
-    assert np.array_equal(one, other)
-    channel = cdd_dask.open_decomposition(made, checked=True).channels[0]
-    with pytest.raises(DamagedError, match=r"^channel_00/scale0/image, shard \(0, 2\) is not"):
-        channel.vindex[[3, 3], [3, 39]]
-    with pytest.raises(IndexError):
-        cdd_dask.open_decomposition(halos, checked=True).channels[0].vindex[[3], [400]]
-
-
-def test_many_readers_of_checked_channels(made: Path):
-    """More than Zarr has threads: none waits for what it would have to do itself."""
-    result = cdd_dask.open_decomposition(made, checked=True)
-    parts, found = [*result.channels, result.residual] * 4, []
-    threads = [threading.Thread(target=lambda one=one: found.append(one[...])) for one in parts]
-    with zarr.config.set({"threading.max_workers": 1}):
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    assert len(found) == len(parts)
-
-
 def test_another_sealed_document_is_no_root(made: Path, halos: Path):
     """An output's attributes have a seal, too; the copy of the root's is sound."""
     shutil.copy(made / "residual/zarr.json", made / "zarr.json")
@@ -467,45 +402,14 @@ def test_storage_transformers_are_refused(made: Path, halos: Path):
         cdd_dask.decompose(halos.parent / "field.npy", made, **options)
 
 
-def test_what_is_checked_can_be_sent(made: Path):
-    """To workers, who check it, too."""
-    shutil.copy(shard(made, "residual", 0, 0), shard(made, "residual", 1, 1))
-    image = cdd_dask.open_decomposition(made, checked=True).residual
+def test_what_is_opened_can_be_sent(made: Path):
+    """To workers, who are told of damage, too."""
+    shard(made, "residual", 1, 1).unlink()
+    image = cdd_dask.open_decomposition(made).residual
     sent = pickle.loads(pickle.dumps(image))
     assert sent[:10, :10].shape == (10, 10)
-    with pytest.raises(DamagedError, match="is not what its run wrote"):
+    with pytest.raises(DamagedError, match="is not there"):
         sent[20, 20]
-
-
-def test_a_block_is_compared_once(made: Path, monkeypatch: pytest.MonkeyPatch):
-    """And alone: it takes the memory of a whole block."""
-    compared, original = [], images.checksum
-    monkeypatch.setattr(
-        images, "checksum", lambda one, like: compared.append(one) or original(one, like)
-    )
-    channel = cdd_dask.open_decomposition(made, checked=True).channels[0]
-    for _ in range(2):
-        channel[20:40, 3]
-    assert len(compared) == 2
-
-
-def test_exports_may_be_checked(made: Path, tmp_path: Path):
-    """Also of what was opened otherwise; no file is left."""
-    shutil.copy(shard(made, "residual", 0, 0), shard(made, "residual", 1, 1))
-    assert cdd_dask.export(made, "npy", out=tmp_path / "files", progress=False)
-    for store_or_result in (made, cdd_dask.open_decomposition(made)):
-        with pytest.raises(VerificationError, match="is not what its run wrote"):
-            cdd_dask.export(
-                store_or_result, "npy", out=tmp_path / "more", channel="residual", checked=True,
-                progress=False,
-            )  # fmt: skip
-    assert not [*(tmp_path / "more").iterdir()]
-
-
-def test_only_what_is_finished_can_be_checked(made: Path):
-    """Of an unfinished one not everything has a mark."""
-    with pytest.raises(InputError, match=r"checked=True with allow_incomplete=True"):
-        cdd_dask.open_decomposition(made, checked=True, allow_incomplete=True)
 
 
 @pytest.mark.parametrize("what", ["separator", "encoding", "endian", "fill value"])

@@ -264,11 +264,11 @@ class Store(RuleBasedStateMachine):
     # verify, repair and read
 
     @precondition(lambda self: self.state == "finished")
-    @rule(checked=st.booleans())
-    def read(self, checked: bool) -> None:
+    @rule()
+    def read(self) -> None:
         """Nobody is given other values, whatever is damaged."""
         try:
-            result = cdd_dask.open_decomposition(self.out, checked=checked)
+            result = cdd_dask.open_decomposition(self.out)
         except StoreError:
             assert not self.is_sound
             return

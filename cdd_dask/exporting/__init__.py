@@ -27,7 +27,6 @@ def export(
     channel: int | str | Sequence[int | str] | None = None,
     region: Region | slice | None = None,
     overwrite: bool = False,
-    checked: bool = False,
     progress: bool = True,
 ) -> list[Path]:
     """Write channels and residual to files, one each, block by block.
@@ -48,9 +47,6 @@ def export(
         One slice per axis, as NumPy takes them, without steps; axes left out are whole.
     overwrite
         Replace files that are there.
-    checked
-        Compare each block with its done mark first, as `open_decomposition` does; of a
-        `Decomposition` that was opened otherwise, too.
     progress
         Show a progress bar, or log lines where nobody watches.
 
@@ -72,11 +68,8 @@ def export(
         If astropy (FITS) or tifffile (TIFF) is not installed.
     """
     check_choice("to", to, tuple(SUFFIXES))
-    for name, flag in (("overwrite", overwrite), ("checked", checked)):
-        check_flag(name, flag)
+    check_flag("overwrite", overwrite)
     result = store if isinstance(store, Decomposition) else open_decomposition(store)
-    if checked and result.path is not None:  # nobody else writes to a process's memory
-        result = open_decomposition(result.path, checked=True)
     if result.attrs["complete"] is not True:
         raise StoreError(f"{result.path} is not complete: its channels are not finished")
     create = _format(to, len(result.shape))
