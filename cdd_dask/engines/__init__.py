@@ -41,15 +41,14 @@ def load_engine(name: str = "auto", device: str | None = None) -> Engine:
         If the engine's library is not installed.
     """
     check_choice("engine", name, ENGINES)
+    if name == "auto" and device is None and _may_have_gpu() and find_spec("torch"):
+        from cdd_dask.engines.torch import check_device
+
+        device = check_device(None)
     if name == "torch" or (name == "auto" and device not in (None, "cpu")):
         from cdd_dask.engines.torch import TorchEngine
 
         return TorchEngine(device)
-    if name == "auto" and device is None and _may_have_gpu() and find_spec("torch"):
-        from cdd_dask.engines.torch import TorchEngine, check_device
-
-        if (best := check_device(None)) != "cpu":
-            return TorchEngine(best)
     if device not in (None, "cpu"):
         raise DeviceError(
             f"device={device!r} is not for engine={name!r}, which computes on the CPU: "

@@ -12,7 +12,6 @@ from cdd_dask.engines.base import Diffusion, Engine, Footprint
 from cdd_dask.engines.cpu import library, steppers, thread_team
 from cdd_dask.engines.cpu.steppers import Axis, StepContext, stepper_of
 from cdd_dask.engines.cpu.thread_team import ThreadTeam
-from cdd_dask.kernels import IDENTITY
 
 
 class CpuEngine(Engine):
@@ -25,13 +24,6 @@ class CpuEngine(Engine):
     1-D to 3-D fields, float64, other kernels along other axes, every constraint and boundary run
     like this; so do blank voxels, which take float64 on the way. Four decomposed axes, and radii
     above 16 without a coarser grid, are smoothed along one axis after the other.
-
-    Raises
-    ------
-    MissingDependencyError
-        If no library was compiled.
-    InputError
-        If the environment variable ``CDD_DASK_CPU`` asks for an instruction set that is not there.
     """
 
     name = "cpu"
@@ -42,15 +34,17 @@ class CpuEngine(Engine):
         self.instruction_set = library.instruction_set()
 
     def diffuse(self, field: NDArray[Any], diffusion: Diffusion) -> NDArray[Any]:
-        axes = _merged(field.shape, diffusion)
+        none = (0,) * field.ndim
+        levels, phases = diffusion.levels or none, diffusion.phase or none
+        axes = [*map(Axis, field.shape, diffusion.steps.kernels, diffusion.faces, levels, phases)]
         alone = [i for i, axis in enumerate(axes) if axis.kernel.radius == 0]
-        if len(axes) > 3 and alone:
-            parts = np.moveaxis(field.reshape([axis.size for axis in axes]), alone[0], 0)
-            rest = axes[: alone[0]] + axes[alone[0] + 1 :]
-            for part in parts:
-                part[...] = _diffused(np.ascontiguousarray(part), rest, diffusion)
-            return field
-        return _diffused(field, axes, diffusion)
+        if len(axes) < 4 or not alone:
+            return _diffused(field, axes, diffusion)
+        place = min(alone, key=field.shape.__getitem__)
+        rest = axes[:place] + axes[place + 1 :]
+        for part in np.moveaxis(field, place, 0):
+            part[...] = _diffused(np.ascontiguousarray(part), rest, diffusion)
+        return field
 
     def footprint(self, itemsize: int, blanks: bool = False, threads: int = 1) -> Footprint:
         # the field and its copy; with blanks the kernel's weight on the others and a mask, too
@@ -68,23 +62,6 @@ class CpuEngine(Engine):
 
     def limit_threads(self, count: int) -> int:
         return thread_team.limit_threads(count)
-
-
-def _merged(shape: tuple[int, ...], diffusion: Diffusion) -> list[Axis]:
-    """The axes; of more than three, those merged that lie side by side and are not smoothed along.
-
-    The last one stays: merged rows would outgrow the cache.
-    """
-    ndim = len(shape)
-    levels, phases = diffusion.levels or (0,) * ndim, diffusion.phase or (0,) * ndim
-    axes: list[Axis] = []
-    given = map(Axis, shape, diffusion.steps.kernels, diffusion.faces, levels, phases)
-    for place, axis in enumerate(given):
-        alone = axes and axis.kernel.radius == axes[-1].kernel.radius == 0
-        if alone and ndim > 3 and place < ndim - 1:
-            axis = Axis(axes.pop().size * axis.size, IDENTITY, axis.rules)
-        axes.append(axis)
-    return axes
 
 
 def _diffused(field: NDArray[Any], axes: list[Axis], diffusion: Diffusion) -> NDArray[Any]:

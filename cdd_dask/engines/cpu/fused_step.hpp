@@ -124,9 +124,7 @@ public:
     void move(Index z) const {
         const Index width = steps.width(), ring = steps.ring();
         const T* const share = steps.move.share;
-        auto across = smooth_across_of<T, T, Field, true>(steps.radius[0]);
-        if constexpr (std::is_same_v<T, double>)  // there is no share where computing is in float
-            if (share) across = smooth_across_of<T, T, Field, true, true>(steps.radius[0]);
+        const auto across = smooth_across_of<T, T, Field, true>(steps.radius[0]);
         const T *plane[2 * LARGEST_RADIUS + BATCH], *source[2 * LARGEST_RADIUS + BATCH], *shares[BATCH];
         Field* target[BATCH];
         for (Index i = 0; i < ring; ++i) plane[i] = smoothed_plane(z + i - steps.radius[0]);
@@ -138,7 +136,7 @@ public:
                 if (share) shares[b] = share + (target[b] - steps.field);
                 if (z + b >= steps.nz) target[b] = spare;
             }
-            across(source, target, steps.taps[0], width, 0, steps.move.constraint, shares);
+            across(source, target, steps.taps[0], width, 0, steps.move.constraint, share ? shares : nullptr);
         }
     }
 

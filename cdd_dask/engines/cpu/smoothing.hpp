@@ -60,9 +60,9 @@ inline INLINE void smooth(const Vector<T>* taps, Value value, Vector<T>* result)
 }
 
 // Smooth BATCH rows of `count` values: row b of the target across the rows b to b + 2 R of the
-// source. With MOVES the target's values are not replaced but moved to the smooth ones, which with
-// BLANKS are normalised by `share`; without, what lies `ahead` values further is wanted soon.
-template <class T, class Source, class Target, int R, bool MOVES, bool BLANKS>
+// source. With MOVES the target's values are not replaced but moved to the smooth ones, which are
+// normalised by `share` unless it is null; without, what lies `ahead` values further is wanted soon.
+template <class T, class Source, class Target, int R, bool MOVES>
 void smooth_across(const Source* const* source, Target* const* target, const Vector<T>* taps, Index count,
                    Index ahead, Index constraint, const T* const* share) {
     // In arrays of its own, so that the compiler sees that no store changes them.
@@ -71,13 +71,13 @@ void smooth_across(const Source* const* source, Target* const* target, const Vec
     Target* to[BATCH];
     for (int i = 0; i < 2 * R + BATCH; ++i) from[i] = source[i] + count;
     for (int b = 0; b < BATCH; ++b) to[b] = target[b] + count;
-    for (int b = 0; BLANKS && b < BATCH; ++b) by[b] = share[b] + count;
+    for (int b = 0; share && b < BATCH; ++b) by[b] = share[b] + count;
     for (Index x = -count; x < 0; x += LANES<T>) {
         Vector<T> result[BATCH];
         smooth<T, R>(taps, [&](int b, auto j) INLINE { return load_as<T>(from[b + R + j] + x); }, result);
         for (int b = 0; b < BATCH; ++b) {
-            if constexpr (!MOVES) __builtin_prefetch(from[b + R] + x + ahead);
-            if constexpr (BLANKS) result[b] = normalised<Target, T>(result[b], load(by[b] + x));
+            if (!MOVES) __builtin_prefetch(from[b + R] + x + ahead);
+            if (MOVES && share) result[b] = normalised<Target, T>(result[b], load(by[b] + x));
             store_as<T>(to[b] + x, MOVES ? moved(constraint, load_as<T>(to[b] + x), result[b]) : result[b]);
         }
     }
@@ -94,14 +94,14 @@ template <class T, int R> void smooth_along(const T* source, T* target, const Ve
 }
 
 template <class T, class Source, class Target>
-using SmoothAcross = decltype(&smooth_across<T, Source, Target, 1, false, false>);
+using SmoothAcross = decltype(&smooth_across<T, Source, Target, 1, false>);
 template <class T> using SmoothAlong = decltype(&smooth_along<T, 1>);
 // These functions for a radius that is known only now, at most LARGEST_RADIUS; along rows from 1 on.
-template <class T, class Source, class Target, bool MOVES = false, bool BLANKS = false, int R = LARGEST_RADIUS>
+template <class T, class Source, class Target, bool MOVES = false, int R = LARGEST_RADIUS>
 SmoothAcross<T, Source, Target> smooth_across_of(Index radius) {
     if constexpr (R > 0)
-        if (radius < R) return smooth_across_of<T, Source, Target, MOVES, BLANKS, R - 1>(radius);
-    return &smooth_across<T, Source, Target, R, MOVES, BLANKS>;
+        if (radius < R) return smooth_across_of<T, Source, Target, MOVES, R - 1>(radius);
+    return &smooth_across<T, Source, Target, R, MOVES>;
 }
 template <class T, int R = LARGEST_RADIUS> SmoothAlong<T> smooth_along_of(Index radius) {
     if constexpr (R > 1)
@@ -118,15 +118,10 @@ template <class T> struct Move {
 
     // `place` is that of the row in the field.
     template <class Field> void row(Field* field, const T* smooth, Index place, Index count) const {
-        share ? with<true>(field + place, smooth, share + place, count) : with<false>(field + place, smooth, share, count);
-    }
-
-private:
-    template <bool BLANKS, class Field> void with(Field* field, const T* smooth, const T* share_, Index count) const {
         for (Index x = 0; x < count; x += LANES<T>) {
             Vector<T> value = load(smooth + x);
-            if constexpr (BLANKS) value = normalised<Field, T>(value, load(share_ + x));
-            store_as<T>(field + x, moved(constraint, load_as<T>(field + x), value));
+            if (share) value = normalised<Field, T>(value, load(share + place + x));
+            store_as<T>(field + place + x, moved(constraint, load_as<T>(field + place + x), value));
         }
     }
 };

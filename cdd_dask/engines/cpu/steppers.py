@@ -41,7 +41,7 @@ wrap around."""
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a block, or several neighbouring ones that are left alone."""
+    """One axis of a block."""
 
     size: int
     kernel: Kernel
