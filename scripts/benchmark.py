@@ -5,6 +5,7 @@
     python scripts/benchmark.py --peer --size 256                # whose time is extrapolated
     python scripts/benchmark.py --size 512 --ndim 2 --upsample 4 --json figures.json
     python scripts/benchmark.py --only block --size 512          # what a large block costs
+    python scripts/benchmark.py --only signs                     # fields of both signs
     python scripts/benchmark.py --before PYTHON --size 192       # beside another state
     python scripts/benchmark.py --before PYTHON --cube l1448_13co.fits    # and whole commands
 
@@ -472,6 +473,26 @@ def report_steps(field: Field, chosen: argparse.Namespace, limit: float) -> list
     return rows
 
 
+def report_signs(field: Field, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure and print what a step takes on a field of both signs, against one of one sign."""
+    both, rows = np.log(field), []
+    print("\n| engine | sigma | both signs against one: median (least times) |\n|---|---|---|")
+    engines = ["reference", "cpu"] + ["torch"] * bool(find_spec("torch"))
+    for name, sigma in itertools.product(engines, (SIGMAS[1], SIGMAS[3])):
+        engine, count = load_engine(name), 24 if name == "cpu" else 1
+        cases = {
+            "one": engine_steps(engine, field, sigma, count),
+            "both": engine_steps(engine, both, sigma, count),
+        }
+        cases["one"]()
+        times = interleaved(cases, 4 * chosen.repeats)
+        ratios = [b / a for a, b in zip(times["one"], times["both"], strict=True)]
+        ratio, least = statistics.median(ratios), min(times["both"]) / min(times["one"])
+        rows.append({"engine": name, "sigma": sigma, "ratio": ratio, "least": least})
+        print(f"| {name} on {engine.device} | {sigma:g} | {ratio:.3f} ({least:.3f}) |", flush=True)
+    return rows
+
+
 def report_block(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and print what a large block costs."""
     rows = block_figures(load_engine(chosen.engine), chosen.size, chosen.repeats)
@@ -523,7 +544,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peer", action="store_true", help="time constrained-diffusion, too")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--only", choices=("steps", "block", "decomposition"), help="one kind of figures"
+        "--only", choices=("steps", "block", "decomposition", "signs"), help="one kind of figures"
     )
     parser.add_argument("--before", metavar="PYTHON", help="compare steps with another state's")
     parser.add_argument("--cube", help="with --before: a file whose decomposition to time")
@@ -549,6 +570,8 @@ def main() -> None:
         figures["before"] = report_before(chosen)
     elif chosen.only == "block":
         figures["block"] = report_block(chosen)
+    elif chosen.only == "signs":
+        figures["signs"] = report_signs(lognormal_turbulence(shape), chosen)
     else:
         field = lognormal_turbulence(shape)
         if chosen.only != "decomposition":

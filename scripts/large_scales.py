@@ -139,7 +139,7 @@ def in_one_piece(result: cdd_dask.Decomposition, k: int, field: Field) -> Field:
     return load_engine("cpu").diffuse(field.copy(), what)
 
 
-def show_accuracy() -> None:
+def show_accuracy(only: str | None) -> None:
     """Relative L2 error of every channel on cells, in blocks, against one piece.
 
     Each channel alone, from the field that it starts from in the run.
@@ -159,6 +159,8 @@ def show_accuracy() -> None:
     }
     print("| field | channel: regime, relative L2 error |\n|---|---|")
     for name, (field, more) in fields.items():
+        if only not in (None, name):
+            continue
         options = {"max_scale": 64, "block": 64, "progress": False, **more}
         parts = cdd_dask.decompose(field, **options)
         errors = []
@@ -189,11 +191,12 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("accuracy", "scales", "growth", "plan"))
     parser.add_argument("--size", type=int, default=512, help="voxels a side, for scales")
+    parser.add_argument("--field", help='one of those of `accuracy`, like "signed turbulence"')
     parser.add_argument("--memory", default="400MB")
     parser.add_argument("--e-rel", type=float, default=0.03)
     chosen = parser.parse_args()
     if chosen.what == "accuracy":
-        show_accuracy()
+        show_accuracy(chosen.field)
     elif chosen.what == "scales":
         show_scales(chosen.size, chosen.memory, chosen.e_rel)
     elif chosen.what == "growth":
