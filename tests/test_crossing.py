@@ -50,8 +50,17 @@ REGIMES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    ("regime", "dtype"),
+    [
+        *((regime, "float32") for regime in REGIMES),
+        *((regime, "float64") for regime in ("one piece", "halos", "pyramid", "refined")),
+        *(
+            pytest.param(regime, "float64", marks=pytest.mark.slow)
+            for regime in ("several passes", "closure", "stream")
+        ),
+    ],
+)
 def test_every_output_has_the_fields_sign(outputs: Any, regime: str, dtype: str, tmp_path: Path):
     """Voxel by voxel, exactly, whatever computes it; and zeros stay."""
     for name, field in kinds((96, 90)).items():

@@ -165,11 +165,16 @@ def test_coarse_kernels_are_judged_by_l2(tmp_path: Path, options: dict[str, Any]
 
 
 def test_mixed_signs(tmp_path: Path):
-    """Rounding alone may carry single voxels across zero: an exact store still passes."""
+    """The bound holds for them, too; crossing zero they have none, and an exact store still passes.
+
+    Rounding alone may carry single voxels across.
+    """
     field = smooth((70, 70)) - np.float32(4)
-    found = verified(field, tmp_path / "cut.zarr")
+    found = verified(field, tmp_path / "kept.zarr")
+    assert {s.promise for s in found.samples} == {"bounded"}
+    found = verified(field, tmp_path / "cut.zarr", crossing=True)
     assert {s.promise for s in found.samples} == {"estimated"}
-    found = verified(field, tmp_path / "whole.zarr", block=None, rtol=0)
+    found = verified(field, tmp_path / "whole.zarr", block=None, rtol=0, crossing=True)
     assert {s.promise for s in found.samples} == {"exact"}
     assert all(s.share < 0.5 for s in found.samples)
 
