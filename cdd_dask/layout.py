@@ -109,20 +109,23 @@ class Layout:
         root = store.open_root(address, "w-")
         known = {"format_version": store.FORMAT_VERSION, **self.attributes, "complete": False}
         store.write_attributes(address, root, known)
+        level: dict[str, bytes] = {}  # what lies in ``scale0``, the same for all outputs
         for name, known in output_attributes(self.edges, self.attributes["parameters"]).items():
-            self._create_output(root, name, known, sharded)
+            multiscales = _ome_multiscales(name, self.axes)
+            more = {} if multiscales is None else {"ome": multiscales}
+            root.create_group(name, attributes={store.KEY: known, **more})
+            if not level:
+                self._create_level(root, f"{name}/scale0", sharded)
+                keys = (key for key in objects_of(address) if key.startswith(f"{name}/scale0/"))
+                level = {key.removeprefix(name): read_object(address, key) or b"" for key in keys}
+                continue
+            for key, whole in level.items():
+                write_object(address, f"{name}{key}", whole)
 
-    def _create_output(
-        self, root: zarr.Group, name: str, known: dict[str, Any], sharded: bool
-    ) -> None:
-        group, parameters = root.create_group(name), self.attributes["parameters"]
-        group.attrs[store.KEY] = known
-        multiscales = _ome_multiscales(name, self.axes)
-        if multiscales is not None:
-            group.attrs["ome"] = multiscales
-        level = group.create_group("scale0")
+    def _create_level(self, root: zarr.Group, path: str, sharded: bool) -> None:
+        level, dtype = root.create_group(path), self.attributes["parameters"]["dtype"]
         names = tuple(axis.name for axis in self.axes)
-        store.create_field(level, "image", self.grid, parameters["dtype"], sharded, names)
+        store.create_field(level, "image", self.grid, dtype, sharded, names)
         for axis, size in zip(self.axes, self.grid.shape, strict=True):
             coordinates = np.arange(size) * axis.spacing
             array = level.create_array(axis.name, data=coordinates, dimension_names=(axis.name,))
