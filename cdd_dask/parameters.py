@@ -110,11 +110,12 @@ class Parameters:
         self._check_number("cval")
         self._check_number("rtol", at_least=0.0)
         self._check_number("fill_value")
-        if abs(self.fill_value) > LARGEST[self.dtype]:
-            raise InputError(
-                f"fill_value={self.fill_value:g} is too large for dtype={self.dtype!r}: it must be "
-                f"within ±{LARGEST[self.dtype]:.3g}"
-            )
+        for name in ("fill_value", "cval"):
+            if abs(value := getattr(self, name)) > LARGEST[self.dtype]:
+                raise InputError(
+                    f"{name}={value:g} is too large for dtype={self.dtype!r}: it must be "
+                    f"within ±{LARGEST[self.dtype]:.3g}"
+                )
         upsample: Any = self.upsample
         whole = isinstance(upsample, Integral) and not isinstance(upsample, bool)
         if not whole or upsample not in UPSAMPLINGS:

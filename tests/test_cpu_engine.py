@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -16,7 +17,7 @@ import pytest
 
 from cdd_dask.blocks import Grid
 from cdd_dask.engines import Diffusion, load_engine
-from cdd_dask.engines.cpu import library, thread_team
+from cdd_dask.engines.cpu import library, steppers, thread_team
 from cdd_dask.engines.cpu.steppers import Axis, Fused, StepContext
 from cdd_dask.errors import InputError, MissingDependencyError
 from cdd_dask.identity import numeric_class
@@ -139,6 +140,61 @@ def test_a_thread_that_cannot_start_stops_the_others(monkeypatch: pytest.MonkeyP
 def test_a_run_of_the_engine_before_is_not_gone_on_with():
     """What another arithmetic computed differs in last bits: its runs have another fingerprint."""
     assert numeric_class("cpu", "cpu") not in ("cpu on cpu", numeric_class("reference", "cpu"))
+
+
+def test_sizes_are_the_same_in_both_languages():
+    """What Python allocates for is what compiled code uses."""
+    folder = Path(library.__file__).parent
+    text = "".join(path.read_text() for path in sorted(folder.glob("*.hpp")))
+    for module, names in (
+        (steppers, ("BATCH", "LARGEST_RADIUS", "WIDTH", "CHUNK")),
+        (steppers, ("SAVED_ROWS",)),
+    ):
+        for name in names:
+            found = re.search(
+                rf"constexpr \w+ {name.replace('SAVED_ROWS', 'LARGEST_DEPTH')} = (\d+);", text
+            )
+            assert found is not None, name
+            ours = getattr(module, name)
+            assert ours <= int(found[1]) if name == "SAVED_ROWS" else ours == int(found[1])
+    (listed,) = re.findall(r"enum Constraint : Index \{ (.*) \};", text)
+    assert [name.lower() for name in listed.split(", ")] == list(library.CONSTRAINTS)
+
+
+def test_a_kernel_too_wide_for_a_pyramid():
+    """Though only along an axis that stays fine, or on coarse cells still."""
+    kernel, wide = smoothing_kernel("discrete", 5.5), smoothing_kernel("discrete", 11.1)
+    field = np.random.default_rng(0).lognormal(size=(40, 41, 42))
+    faces = (("reflect", "reflect"),) * 3
+    for steps, levels in ((Steps(1, (kernel,) * 3), (0, 0, 2)), (Steps(1, (wide,) * 3), (1,) * 3)):
+        full = Diffusion(steps, "constrained", faces)
+        coarse = Diffusion(steps, "constrained", faces, levels=levels, phase=(0,) * 3)
+        results = [load_engine("cpu").diffuse(field.copy(), one) for one in (full, coarse)]
+        assert np.abs(results[0] - results[1]).max() <= 1e-3 * np.ptp(field)
+
+
+@pytest.mark.parametrize("sigma", [0.7, 5.5])
+def test_a_value_beyond_the_faces_is_the_same_along_all_axes(sigma: float):
+    """Rounded to the field's type once, also where blank voxels have it computed in float64."""
+    field = np.random.default_rng(0).lognormal(size=(96, 96)).astype(np.float32)
+    field[40, 40] = np.nan
+    kernels = (smoothing_kernel("discrete", sigma), IDENTITY)
+    level = 1 if sigma > 2 else 0
+    along = [
+        load_engine("cpu").diffuse(
+            (field if axis == 0 else field.T).copy("C"),
+            Diffusion(
+                Steps(5, kernels if axis == 0 else kernels[::-1]),
+                "constrained",
+                (("constant", "constant"),) * 2,
+                cval=0.1,
+                levels=(level, 0) if axis == 0 else (0, level),
+                phase=(0, 0),
+            ),
+        )
+        for axis in (0, 1)
+    ]
+    assert np.array_equal(along[0], along[1].T, equal_nan=True)
 
 
 SHAPES = ((70, 70, 70), (90, 13, 70), (30, 5000), (9000,), (5, 20, 30, 50))

@@ -203,6 +203,8 @@ def test_fill_and_raise(lognormal: Any, outputs: Any):
     first = tuple(map(int, np.argwhere(np.isnan(field))[0]))
     with pytest.raises(InputError, match=rf"is NaN at \({first[0]}, {first[1]}\)"):
         cdd_dask.decompose(field, nan="raise", progress=False, **QUICK)
+    with pytest.raises(InputError, match=r"cval=1e\+39 is too large for dtype='float32'"):
+        cdd_dask.plan(field, boundary="constant", cval=1e39)
 
 
 @pytest.mark.parametrize("nan", ["mask", "raise", "fill"])

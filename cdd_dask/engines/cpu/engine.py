@@ -21,9 +21,9 @@ class CpuEngine(Engine):
     on a coarser grid where `Diffusion.levels` says so, so that a step costs the same at every
     scale.
 
-    1-D to 3-D fields, float64, other kernels along other axes, every constraint and boundary run
-    like this; so do blank voxels, which take float64 on the way. Four decomposed axes, and radii
-    above 16 without a coarser grid, are smoothed along one axis after the other.
+    1-D to 3-D fields, float64, a different kernel along each axis, every constraint and boundary
+    run like this; so do fields with blank voxels, which are computed in float64. Four decomposed
+    axes, and kernels of radii above 16, are smoothed along one axis after the other.
     """
 
     name = "cpu"
@@ -40,6 +40,7 @@ class CpuEngine(Engine):
         alone = [i for i, axis in enumerate(axes) if axis.kernel.radius == 0]
         if len(axes) < 4 or not alone:
             return _diffused(field, axes, diffusion)
+        # one that is left alone is gone through slice by slice: the shortest
         place = min(alone, key=field.shape.__getitem__)
         rest = axes[:place] + axes[place + 1 :]
         for part in np.moveaxis(field, place, 0):
@@ -75,6 +76,8 @@ def _diffused(field: NDArray[Any], axes: list[Axis], diffusion: Diffusion) -> ND
     # a power of two that keeps a + b - 2 c from overflowing; nearly always 1
     scale = 0.125 if largest >= np.finfo(field.dtype).max / 4 else 1.0
     with ThreadTeam(field.size) as team:
-        context = StepContext(field.dtype, working, diffusion.cval, scale, team)
+        # as the field could hold it, wherever it is computed with
+        cval = float(field.dtype.type(diffusion.cval))
+        context = StepContext(field.dtype, working, cval, scale, team)
         stepper = stepper_of(axes, context)
         return stepper.run(field, blanks, diffusion.constraint, diffusion.steps.count)

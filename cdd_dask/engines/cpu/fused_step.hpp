@@ -35,7 +35,7 @@ namespace cdd {
 constexpr Index LARGEST_DEPTH = 8;  // at least `SAVED_ROWS` in Python
 constexpr Index ALL = std::numeric_limits<Index>::max();
 
-// Its values are computed in T, and kept as Field.
+// Steps of a field that is kept as Field and computed with in T.
 template <class T, class Field = T> struct FusedSteps {
     Field* field;          // striped, of nz planes of ny rows
     Index nz, ny;
@@ -52,16 +52,16 @@ template <class T, class Field = T> struct FusedSteps {
     bool wraps[2];       // whether planes, and rows, beyond one end are those of the other end
     T* scratch;          // `scratch_size()` values for each thread
     Field* saved;        // `saved_size()` values
-    // How many rounds, each a batch of planes in one step, every tile of every visit has smoothed and
-    // saved; at first 0, ALL when the last values have moved, too.
+    // For every tile of every visit, how many rounds it has smoothed and saved (a round is one batch of
+    // planes in one step): 0 at first, ALL when its last values have moved.
     Counter* progress;
     Team* team;
 
     Index width() const { return ends.length * LANES<T>; }
     Index ring() const { return 2 * radius[0] + BATCH; }
     Index planes() const { return ring() + (wraps[0] ? radius[0] : 0); }
-    // A plane of a tile, with room for what `smooth_along` writes too much, which also keeps planes off
-    // the same cache lines.
+    // A plane of a tile, with room for what `smooth_along` writes past a row's end, which also keeps
+    // planes off the same cache lines.
     Index plane_size() const { return rows * width() + BATCH * LANES<T>; }
     Index row_size() const { return (ends.length - 2 * ends.begin + 2 + BATCH) * LANES<T>; }
     Index scratch_size() const { return BATCH * row_size() + 3 * width() + depth * planes() * plane_size(); }
@@ -83,8 +83,9 @@ template <class T, class Field = T> struct FusedSteps {
 template <class T, class Field> class TileStep {
     const FusedSteps<T, Field>& steps;
     const Index step, first, last;  // its number in the visit; rows of the tile
-    // Saved rows for the next tile, by the one before (with one thread in the same slot, read before
-    // they are replaced), and by the first one, where rows wrap around.
+    // Saved rows: those that this tile saves for the next one; those that the one before saved (with
+    // one thread in the same slot: each is read before it is replaced); the first tile's, where rows
+    // wrap around.
     Field *const saved, *const saved_before, *const saved_first;
     T *const planes, *const rows, *const outside;
     Field *const outside_field, *const spare;
@@ -134,7 +135,7 @@ public:
             for (Index b = 0; b < BATCH; ++b) {
                 target[b] = field(std::min(z + b, steps.nz - 1), y);
                 if (share) shares[b] = share + (target[b] - steps.field);
-                if (z + b >= steps.nz) target[b] = spare;
+                if (z + b >= steps.nz) target[b] = spare;  // for nothing
             }
             across(source, target, steps.taps[0], width, 0, steps.move.constraint, share ? shares : nullptr);
         }
@@ -162,7 +163,7 @@ private:
     }
     T* ring_plane(Index z) const { return planes + (z + steps.ring()) % steps.ring() * steps.plane_size(); }
     T* first_plane(Index z) const { return planes + (steps.ring() + z) * steps.plane_size(); }
-    // A plane that has been smoothed, z from -radius to beyond nz + radius - 1.
+    // A plane that has been smoothed, z from -radius on; beyond nz + radius - 1 any will do.
     const T* smoothed_plane(Index z) const {
         z = std::min(z, steps.nz + steps.radius[0] - 1);
         const Index from = steps.z_from[z + steps.radius[0]];
@@ -173,7 +174,7 @@ private:
     // Smooth the tile's rows of a plane along y and x.
     void smooth_plane(Index z, T* plane) const {
         const Index width = steps.width(), ry = steps.radius[1], rx = steps.radius[2];
-        // By the time that plane is smoothed its rows shall have come from memory.
+        // Prefetch the rows of the plane two further on.
         const Index ahead = step == 0 && z + 2 < steps.nz ? 2 * steps.ny * width : 0;
         const auto across = smooth_across_of<T, Field, T>(ry);
         const auto along = smooth_along_of<T>(rx);
@@ -186,7 +187,7 @@ private:
             across(source, target, steps.taps[1], width, ahead, UNCONSTRAINED, nullptr);
             for (Index b = 0; rx && b < std::min<Index>(BATCH, last - y); ++b) {
                 steps.ends.extend(target[b]);
-                along(target[b], plane + b * width, steps.taps[2], width);  // the next row comes after it
+                along(target[b], plane + b * width, steps.taps[2], width);  // the next row replaces what is too much
             }
         }
     }
@@ -214,8 +215,9 @@ template <class T, class Field> void FusedSteps<T, Field>::run(Index thread) con
         for (Index front = 0; front < batches + (taken - 1) * lag; ++front)
             for (Index step = 0; step < taken; ++step) {
                 const Index z = (front - step * lag) * BATCH, round = front * depth + step;
-                // The tile before has then saved what this one needs, read what this one moves or
-                // saves anew, and taken the steps before with rows that this one reads.
+                // Wait until the tile before has passed this round: then it has saved the rows that this
+                // one reads, read those that this one moves or replaces, and taken all earlier steps of
+                // rows that this one reads.
                 if (number > 0 && !reached(before, round)) return;
                 const bool works = z >= 0 && z < nz && !steps[step].empty();
                 if (works) steps[step].smooth_planes(z);

@@ -158,7 +158,7 @@ private:
         stripe(plain, row, other);
     }
     // Make planes of cells from the level before, whose values are kept as Fine.
-    template <class Fine> void restrict(Index level, void* cells_, Part planes) {
+    template <class Fine> void restrict(Index level, void* into, Part planes) {
         const Level<T>&fine = levels[level], &coarse = levels[level + 1];
         const Index nz = fine.halved[0] ? 4 : 1, ny = fine.halved[1] ? 4 : 1;  // values of a mean
         const Index stride_z = 1 + fine.halved[0], stride_y = 1 + fine.halved[1];
@@ -175,7 +175,7 @@ private:
                         const Index plane = fine.z_from[stride_z * z + i], row = fine.y_from[stride_y * y + j];
                         source[j * nz + i] = plane < 0 || row < 0 ? beyond : fine.template row<Fine>(plane, row);
                     }
-                T* const result = static_cast<T*>(cells_) + (z * coarse.ny + y) * coarse.width();
+                T* const result = static_cast<T*>(into) + (z * coarse.ny + y) * coarse.width();
                 across(source, fine.halved[2] ? values : result, fine.width());
                 if (!fine.halved[2]) continue;
                 restripe(values, fine.ends.length, fine.even_ends.length);

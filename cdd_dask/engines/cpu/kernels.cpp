@@ -17,7 +17,8 @@
 
 using namespace cdd;
 
-// A function that takes a structure, the number of a thread, and how many threads there are.
+// A function that takes a structure `it`, the number of a `thread`, and the `size` of the team. The type
+// comes last, as it may hold a comma.
 #define FUNCTION(NAME, WORK, ...)                                                                        \
     EXPORT Index cdd_##NAME(const __VA_ARGS__* it, [[maybe_unused]] Index thread, [[maybe_unused]] Index size) { \
         WORK;                                                                                            \

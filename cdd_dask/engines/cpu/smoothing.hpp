@@ -7,7 +7,7 @@
 //
 // from the outermost pair inwards: a constant field comes back to the bit, and rounding does not
 // wear others down. Terms of even j are written w_j ((a_-j + a_+j) - 2 a_0), which only
-// differs in the subnormal range: known results have these bits.
+// differs in the subnormal range, but stored checksums depend on it.
 #pragma once
 #include "vectors.hpp"
 
@@ -33,7 +33,8 @@ template <class V> inline INLINE V moved(Index constraint, V old, V smooth) {
     return old > 0 ? (sinks ? less : more) : old < 0 ? (sinks ? more : less) : old;
 }
 
-// What is left of a smooth value by the `share` of its kernel that is not blank, see `Move`.
+// A smooth value divided by the kernel's weight on voxels that are not blank: `share` is that weight, or
+// 1 over it where the field is kept in a shorter type, as a product takes a fraction of the time.
 template <class Field, class T> inline INLINE Vector<T> normalised(Vector<T> smooth, Vector<T> share) {
     return sizeof(Field) < sizeof(T) ? smooth * share : smooth / share;
 }
@@ -61,7 +62,7 @@ inline INLINE void smooth(const Vector<T>* taps, Value value, Vector<T>* result)
 
 // Smooth BATCH rows of `count` values: row b of the target across the rows b to b + 2 R of the
 // source. With MOVES the target's values are not replaced but moved to the smooth ones, which are
-// normalised by `share` unless it is null; without, what lies `ahead` values further is wanted soon.
+// normalised by `share` unless it is null; without, what lies `ahead` values further is prefetched.
 template <class T, class Source, class Target, int R, bool MOVES>
 void smooth_across(const Source* const* source, Target* const* target, const Vector<T>* taps, Index count,
                    Index ahead, Index constraint, const T* const* share) {
@@ -112,9 +113,7 @@ template <class T, int R = LARGEST_RADIUS> SmoothAlong<T> smooth_along_of(Index 
 // How a row of a field moves to its smooth copy.
 template <class T> struct Move {
     Index constraint;
-    // The kernel's weight on voxels that are not blank, and infinite where one is; null without blanks.
-    // Where the field is kept in a shorter type, 1 over it: a product is a fraction of a division's time.
-    const T* share;
+    const T* share;  // see `normalised`; such that blank voxels become 0; null without any
 
     // `place` is that of the row in the field.
     template <class Field> void row(Field* field, const T* smooth, Index place, Index count) const {

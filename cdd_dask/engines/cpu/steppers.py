@@ -49,6 +49,11 @@ class Axis:
     level: int = 0
     phase: int = 0
 
+    @property
+    def kernel_on_cells(self) -> Kernel:
+        """The kernel on the coarsest cells."""
+        return coarse_kernel(self.kernel, self.level) if self.level else self.kernel
+
 
 @dataclass(frozen=True)
 class StepContext:
@@ -66,12 +71,11 @@ class StepContext:
 
 def stepper_of(axes: list[Axis], context: StepContext) -> _Striped | Separable:
     """What smooths these axes best."""
-    three = [Axis(1, IDENTITY, (CUT, CUT))] * (3 - len(axes)) + axes
-    if len(axes) <= 3 and any(axis.level for axis in axes):
-        return Pyramid(three, context)
-    if len(axes) > 3 or any(axis.kernel.radius > LARGEST_RADIUS for axis in axes):
+    widest = max(axis.kernel_on_cells.radius for axis in axes)
+    if len(axes) > 3 or widest > LARGEST_RADIUS:
         return Separable(axes, context)
-    return Fused(three, context)
+    three = [Axis(1, IDENTITY, (CUT, CUT))] * (3 - len(axes)) + axes
+    return (Pyramid if any(axis.level for axis in axes) else Fused)(three, context)
 
 
 def _weights(kernel: Kernel, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -332,8 +336,7 @@ class _Way:
         """The axis as its small kernel sees it."""
         if self.level == 0:
             return self.axis
-        kernel = coarse_kernel(self.axis.kernel, self.level)
-        return Axis(self.size(self.level), kernel, (self.rule, self.rule))
+        return Axis(self.size(self.level), self.axis.kernel_on_cells, (self.rule, self.rule))
 
     def down(self, level: int) -> NDArray[np.intp]:
         """Where the values come from of which the cells of ``level + 1`` are made.

@@ -21,7 +21,9 @@ namespace cdd {
 template <class T> struct Ends {
     Index length;       // vectors of a row
     Index first, last;  // places of the row's own voxels
-    Index begin, end;   // -begin vectors are wanted on either side, and values up to place `end`
+    // `begin` <= 0: so many places are wanted before the row, up to `end` behind it, and -begin vectors
+    // on either side.
+    Index begin, end;
     // For each place that is not its own, in order: its position among the row's values (unused if it
     // lies outside), and the position of the value that it takes, or -1 for `outside`.
     const Index *to, *source;
