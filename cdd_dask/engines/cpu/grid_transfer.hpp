@@ -211,7 +211,13 @@ private:
                     }
                     restripe(smooth, fine.even_ends.length, fine.ends.length);
                 }
-                to.row(fine.template row<Fine>(0, 0), fine.halved[2] ? smooth : cells, place, fine.width());
+                const T* const from = fine.halved[2] ? smooth : cells;
+                Fine* const field = fine.template row<Fine>(z, y);
+                for (Index x = 0; x < fine.width(); x += LANES<T>) {
+                    Vector<T> value = load(from + x);
+                    if (to.share) value = normalised<Fine, T>(value, load(to.share + place + x));
+                    store_as<T>(field + x, moved(to.constraint, load_as<T>(field + x), value));
+                }
             }
     }
 };

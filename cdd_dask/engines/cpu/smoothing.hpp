@@ -110,19 +110,10 @@ template <class T, int R = LARGEST_RADIUS> SmoothAlong<T> smooth_along_of(Index 
     return &smooth_along<T, R>;
 }
 
-// How a row of a field moves to its smooth copy.
+// How a field moves to its smooth copy.
 template <class T> struct Move {
     Index constraint;
     const T* share;  // see `normalised`; such that blank voxels become 0; null without any
-
-    // `place` is that of the row in the field.
-    template <class Field> void row(Field* field, const T* smooth, Index place, Index count) const {
-        for (Index x = 0; x < count; x += LANES<T>) {
-            Vector<T> value = load(smooth + x);
-            if (share) value = normalised<Field, T>(value, load(share + place + x));
-            store_as<T>(field + place + x, moved(constraint, load_as<T>(field + place + x), value));
-        }
-    }
 };
 
 }  // namespace cdd
