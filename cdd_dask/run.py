@@ -102,8 +102,7 @@ def go_on_with_store(plan: Plan, source: Source, address: str, scratch: str | No
     here = _how_it_runs(plan, source)
     if others := _differences(attributes.get("versions"), here["versions"]):
         log.warning("going on with other versions, blocks may differ in the last bits: %s", others)
-    # stores that were begun without a choice of the rule get it written
-    here["parameters"] = here["plan"]["parameters"]
+    here["parameters"] = here["plan"]["parameters"]  # with `crossing`, which older runs lacked
     store.write_attributes(address, root, {**attributes, "run": run, **here})
     store.remove_partial(address)
     return run

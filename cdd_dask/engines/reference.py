@@ -42,9 +42,9 @@ class ReferenceEngine(Engine):
         return field
 
     def footprint(self, itemsize: int, blanks: bool = False, threads: int = 1) -> Footprint:
-        # the field, its smoothed copy in float64, where it is blank, and two masks for the signs;
-        # with blanks, what is left of the kernel; SciPy holds two lines in float64
-        return Footprint(host=itemsize + 8 + 3 + (8 if blanks else 0), device=0, line=16)
+        # the field, its smooth copy, where it is blank, and what `constrain` holds; with blanks,
+        # what is left of the kernel; SciPy holds two lines in float64
+        return Footprint(host=2 * itemsize + 8 + 1 + (8 if blanks else 0), device=0, line=16)
 
     def limit_threads(self, count: int) -> int:
         return 1  # `scipy.ndimage` runs on the caller's thread alone
@@ -71,15 +71,16 @@ def smooth_into(
 
 
 def constrain(field: NDArray[Any], smooth: NDArray[np.float64], constraint: str) -> None:
-    """Move `field` to `smooth` as far as the sign constraint lets it."""
+    """Move `field` to `smooth`, which is used up, as far as the sign constraint lets it."""
     if constraint == "unconstrained":
         field[...] = smooth
         return
+    if constraint == "constrained":
+        low = np.minimum(field, 0)
+        np.minimum(smooth, np.maximum(field, 0, out=field), out=smooth)
+        np.maximum(smooth, low, out=field, casting="same_kind")
+        return
     positive, negative = field > 0, field < 0
-    rules = (np.minimum, np.maximum)
-    for_positive, for_negative = reversed(rules) if constraint == "inverted" else rules
-    for_positive(field, smooth, out=field, where=positive, casting="same_kind")
-    for_negative(field, smooth, out=field, where=negative, casting="same_kind")
-    if constraint == "constrained":  # no further than to 0
-        np.maximum(field, 0, out=field, where=positive)
-        np.minimum(field, 0, out=field, where=negative)
+    lower, upper = (np.minimum, np.maximum)[:: -1 if constraint == "inverted" else 1]
+    lower(field, smooth, out=field, where=positive, casting="same_kind")
+    upper(field, smooth, out=field, where=negative, casting="same_kind")
