@@ -81,8 +81,8 @@ def check_same(begun: dict[str, Any], wanted: dict[str, Any], address: str) -> N
     DifferentRunError
         The message names the first field that differs, with both values.
     """
-    # before there was a choice the rule was not stored, see `resuming.Begun.check_rule`
-    begun = {name: wanted[name] for name in wanted if name == "crossing"} | begun
+    # runs that began before there was `crossing` do not tell: `resuming` looks at their field
+    begun = {"crossing": wanted.get("crossing"), **begun}
     if difference := difference_of(begun, wanted):
         raise DifferentRunError(
             f"out={address} was begun with {difference}: go on with what it was begun with, name "
